@@ -1,0 +1,1 @@
+"""What is particular to diffusion models: loading, caching, losses, sampling, prior preservation."""

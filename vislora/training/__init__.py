@@ -1,0 +1,1 @@
+"""What every training script needs: randomness, checkpoints, run folders, telemetry."""
