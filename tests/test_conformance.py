@@ -1,0 +1,19 @@
+"""Every method x every check x every host. `pytest -k nb_lora-fused_qkv` runs one corner of it."""
+
+from __future__ import annotations
+
+import pytest
+from hosts import all_hosts
+
+from vislora import methods
+from vislora.adapters import get
+from vislora.testing import CHECKS, Subject
+
+_HOSTS = {host.name: host for host in all_hosts()}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("host", _HOSTS)
+@pytest.mark.parametrize("method", methods())
+def test_conformance(method, host, check):
+    check(Subject(get(method)(rank=4), _HOSTS[host]))

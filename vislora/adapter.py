@@ -1,0 +1,252 @@
+"""The handle of an adapter: what users hold after `attach` or `load`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import Method
+from .errors import InputError
+from .part import Part
+from .site import Site
+from .tap import RootHook, Tap, install, require_float_weights, require_no_reader, require_untied, tap_of, uninstall
+from .update import Update
+
+log = logging.getLogger("vislora")
+
+
+class Adapter:
+    """The handle that `attach` and `load` return.
+
+    parts: {component name: Part}; one part with the empty name where a bare module was adapted.
+    """
+
+    def __init__(self, name: str, method_name: str, method: Method, parts: dict[str, tuple[nn.Module, Part]], seed: int):
+        self.name, self.method_name, self.method, self.seed = name, method_name, method, seed
+        self.roots = {component: root for component, (root, _) in parts.items()}
+        self.parts = {component: part for component, (_, part) in parts.items()}
+        self.step = 0
+        self._max_lr: float | None = None
+        self._step_hook = None
+        self._is_merged = False
+        self._hooks: list[RootHook] = []
+        for root, part in parts.values():
+            self._hooks.append(install(root, part))
+
+    # ---- what trains
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """("<site>.<tensor>", parameter) for every trainable tensor."""
+        return ((name, t) for name, t in self.named_tensors() if isinstance(t, nn.Parameter))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trainable tensors alone."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """("<site>.<tensor>", tensor) for everything that must be kept: parameters and fixed tensors."""
+        for component, part in self.parts.items():
+            for site in part.sites:
+                for name, tensor in vars(part.tensors_of(site)).items():
+                    yield f"{qualified(component, site.name)}.{name}", tensor
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Overwrite every tensor from `named_tensors` of an equal adapter. Raises InputError for any difference."""
+        from .io import require_same_tensors
+
+        own = dict(self.named_tensors())
+        require_same_tensors(own, tensors, "adapter")
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+        self._clear()
+
+    def param_groups(self, lr: float, component_lr: dict[str, float] | None = None) -> list[dict[str, Any]]:
+        """Optimizer groups. component_lr gives single components, such as "text_encoder", a rate of their own."""
+        groups = []
+        for component, part in self.parts.items():
+            rate = (component_lr or {}).get(component, lr)
+            groups.append({"params": list(part.parameters()), "lr": rate, "name": component or "model"})
+        return groups
+
+    def bind(self, optimizer: torch.optim.Optimizer, total_steps: int) -> None:
+        """Follow the optimizer's steps: `method.on_step` runs after each, and computed updates are dropped.
+
+        Reads the largest learning rate, which penalties are scaled by. Takes accelerate's wrapped optimizers too.
+        """
+        inner = getattr(optimizer, "optimizer", optimizer)
+        rates = [float(g.get("initial_lr", g["lr"])) for g in inner.param_groups]
+        self._max_lr, self.total_steps = max(rates), total_steps
+        if self._step_hook is not None:
+            self._step_hook.remove()
+
+        def after(optimizer, args, kwargs) -> None:
+            self.step += 1
+            self.method.on_step(self, self.step, optimizer)
+            self._clear()
+
+        self._step_hook = inner.register_step_post_hook(after)
+
+    def prepare(self, closure: Callable[[], Tensor]) -> None:
+        """Run the method's data-driven start, if it has one. closure() runs forward and backward, returns the loss."""
+        self.method.prepare(self, closure)
+
+    def penalty(self) -> Tensor:
+        """The method's regulariser, a weighted scalar; 0 for most methods.
+
+        Raises InputError before `bind` for a method that has one.
+        """
+        first = next(self.parameters())
+        total = torch.zeros((), device=first.device)
+        if not self.method.has_penalty():
+            return total
+        if self._max_lr is None:
+            raise InputError("penalty", f"{self.method_name} scales it by a learning rate", "call adapter.bind first")
+        for part in self.parts.values():
+            for site in part.sites:
+                term = self.method.penalty(part.tensors_of(site), self._max_lr)
+                total = total if term is None else total + term
+        return total
+
+    # ---- what it does to the model
+
+    @torch.no_grad()
+    def site_updates(self) -> Iterator[tuple[str, Site, SimpleNamespace, Update]]:
+        """(qualified site name, site, its tensors, its Update) for every site, without gradient, at strength 1."""
+        for component, part in self.parts.items():
+            for site, update in zip(part.sites, part(), strict=True):
+                yield qualified(component, site.name), site, part.tensors_of(site), update.detach()
+
+    @torch.no_grad()
+    def deltas(self) -> dict[str, Tensor]:
+        """{module name: W_adapted - W_base, float32, of the weight's shape}, at the present strength."""
+        out: dict[str, Tensor] = {}
+        for component, part in self.parts.items():
+            for site, update in zip(part.sites, part(), strict=True):
+                key = qualified(component, site.path)
+                if key not in out:
+                    out[key] = torch.zeros(site.module.weight.shape, device=site.module.weight.device)
+                rows = slice(None) if site.rows is None else site.rows
+                out[key][rows] += part.adapter_weight * update.dense(site.weight()).float()
+        return out
+
+    @property
+    def weight(self) -> float:
+        """Strength: what the delta is multiplied by."""
+        return next(iter(self.parts.values())).adapter_weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        if self._is_merged:
+            raise InputError("weight", f"{self.name!r} is merged", "unmerge it, set the weight, merge it again")
+        for part in self.parts.values():
+            part.adapter_weight = float(value)
+
+    @contextlib.contextmanager
+    def disabled(self):
+        """Inside, the model computes what the base computes, bit for bit."""
+        if self._is_merged:
+            raise InputError("disabled", f"{self.name!r} is merged into the weights", "unmerge it first")
+        for part in self.parts.values():
+            part.disabled += 1
+        try:
+            yield
+        finally:
+            for part in self.parts.values():
+                part.disabled -= 1
+
+    def merge(self) -> None:
+        """Fold the delta into the weights; `unmerge` puts the untouched originals back."""
+        if self._is_merged:
+            raise InputError("merge", f"{self.name!r} is merged already", "unmerge it first")
+        for component, part in self.parts.items():
+            require_float_weights(part)
+            require_untied(self.roots[component], part)
+            require_no_reader(part, self.name)
+        for part in self.parts.values():
+            for tap in _taps(part):
+                tap.merge(part)
+        self._is_merged = True
+
+    def unmerge(self) -> None:
+        """Take the delta out of the weights again, bit for bit."""
+        if not self._is_merged:
+            raise InputError("unmerge", f"{self.name!r} is not merged", "call merge first")
+        for part in self.parts.values():
+            for tap in _taps(part):
+                tap.unmerge(part)
+        self._is_merged = False
+
+    @contextlib.contextmanager
+    def merged(self):
+        """Folded into the weights inside; exact on leaving, after an exception too."""
+        self.merge()
+        try:
+            yield
+        finally:
+            self.unmerge()
+
+    def detach(self, merge: bool = False) -> None:
+        """Remove the adapter. merge=False: the base model bit for bit. True: the delta stays in the weights."""
+        if merge and not self._is_merged:
+            self.merge()
+        elif self._is_merged and not merge:
+            self.unmerge()
+        if self._step_hook is not None:
+            self._step_hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+        lost = max((tap.keep(part) for part in self.parts.values() for tap in _taps(part)), default=0.0) if merge else 0.0
+        if lost > 0.1:
+            log.warning("merging lost %.0f %% of a delta to the weights' precision; merge into a float32 copy", 100 * lost)
+        for component, part in self.parts.items():
+            uninstall(self.roots[component], part)
+        self.parts, self.roots, self._hooks = {}, {}, []
+
+    # ---- files
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `folder`/adapter.safetensors, complete with its configuration. Returns the file's path."""
+        from .io import save
+
+        return save(self, Path(folder))
+
+    def export(self, folder: str | Path, format: str = "diffusers") -> Path:
+        """Write a file that stock tools load. Returns the file's path. Raises InputError for what it cannot hold."""
+        from .export import export
+
+        return export(self, Path(folder), format)
+
+    @property
+    def sites(self) -> list[str]:
+        """The qualified name of every adapted matrix or row block."""
+        return [qualified(component, site.name) for component, part in self.parts.items() for site in part.sites]
+
+    def summary(self) -> str:
+        """One line for each site: name, shape, trainable parameters."""
+        lines = []
+        for component, part in self.parts.items():
+            for site in part.sites:
+                count = sum(t.numel() for t in vars(part.tensors_of(site)).values() if isinstance(t, nn.Parameter))
+                lines.append(f"{qualified(component, site.name)}  {site.m} x {site.n}  {count:,}")
+        return "\n".join(lines)
+
+    def _clear(self) -> None:
+        for part in self.parts.values():
+            part.clear()
+
+
+def qualified(component: str, name: str) -> str:
+    """A site's or module's name, led by its component's name where there is one."""
+    return f"{component}.{name}" if component else name
+
+
+def _taps(part: Part) -> list[Tap]:
+    return [tap_of(module) for module in dict.fromkeys(site.module for site in part.sites)]

@@ -1,0 +1,114 @@
+"""The protocol that every method follows: two functions to write, the rest has defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, near
+from ..update import Update
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
+    from ..site import Site
+
+
+class Bound(SimpleNamespace):
+    """A promise about singular values: the Schatten `p`-norm of the update is at most `delta` (a scalar tensor)."""
+
+    p: float
+    delta: Tensor
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method is a frozen dataclass: its fields are the options, in the same words as on the command line.
+
+    It holds no state. What trains, and what must be kept, are the tensors that `init` returns for each site.
+    """
+
+    batched: ClassVar[bool] = False  # True: `factors` runs once for a stack of sites of equal shape
+    identity_at_init: ClassVar[bool] = True  # False must be argued in the method's docstring
+    exact_identity: ClassVar[bool] = True  # the start is the base model bit for bit, not only to rounding
+    roles: ClassVar[Mapping[str, str]] = {}  # tensor name -> "up" | "down" | "core" | "scale" | "magnitude"
+
+    def check(self) -> None:
+        """Raise InputError for options that no model could satisfy. Runs before anything is loaded."""
+
+    def init(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
+        """This site's tensors: an nn.Parameter trains, a plain tensor is kept with it and does not.
+
+        site: has m (out), n (in), name, and weight(), the base weight (m, n) in float32.
+        generator: a CPU generator of this site's own; nothing else may be drawn from.
+        """
+        raise TypeError(f"{type(self).__name__} does not define init")
+
+    def factors(self, t: SimpleNamespace) -> Update:
+        """The Update made of the tensors of `init`, as attributes of t; stacked (L, ...) if `batched`."""
+        raise TypeError(f"{type(self).__name__} does not define factors")
+
+    def bound(self, t: SimpleNamespace) -> Bound | None:
+        """The norm bound that holds by construction at one site, or None."""
+        return None
+
+    def penalty(self, t: SimpleNamespace, max_lr: float) -> Tensor | None:
+        """One site's term of the regulariser (a scalar), weighted, to be added once per optimizer step."""
+        return None
+
+    def prepare(self, adapter: Adapter, closure: Callable[[], Tensor]) -> None:
+        """A start that needs data. closure() runs one forward and backward and returns the loss."""
+
+    def on_step(self, adapter: Adapter, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Runs after optimizer step number `step` (from 1), gradients still present."""
+
+    @classmethod
+    def has_penalty(cls) -> bool:
+        """Whether the method defines a penalty at all."""
+        return cls.penalty is not Method.penalty
+
+    @property
+    def input_dropout(self) -> float:
+        """Dropout on the input of the update, during training."""
+        return 0.0
+
+    def options(self) -> dict[str, Any]:
+        """The options as plain JSON data, infinity as "inf"; `from_options` is its inverse."""
+        return {k: "inf" if v == math.inf else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_options(cls, name: str, options: Mapping[str, Any]) -> Method:
+        """An instance from plain data. Raises InputError for an option that the method does not have."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for option in options:
+            if option not in known:
+                wrong = f"{name} has no such option{near(option, known)}"
+                raise InputError(option, wrong, f"it has {', '.join(known)}")
+        method = cls(**{k: math.inf if v == "inf" else v for k, v in options.items()})
+        method.check()
+        return method
+
+
+def require(condition: bool, option: str, wrong: str, remedy: str) -> None:
+    """Raise InputError(option, wrong, remedy) unless `condition` holds."""
+    if not condition:
+        raise InputError(option, wrong, remedy)
+
+
+def require_rank(rank: int) -> None:
+    """Raise InputError unless rank is a positive whole number."""
+    whole = isinstance(rank, int) and not isinstance(rank, bool)
+    require(whole and rank >= 1, "rank", f"{rank!r} is not a positive whole number", "take 1 or more")
+
+
+def require_fit(rank: int, site: Site) -> None:
+    """Raise InputError unless `rank` fits the site's matrix."""
+    limit = min(site.m, site.n)
+    wrong = f"{rank} is larger than {site.name} ({site.m} x {site.n})"
+    require(rank <= limit, "rank", wrong, f"take {limit} or less, or leave that layer out of the targets")

@@ -1,0 +1,91 @@
+"""NB-LoRA: Norm-Bounded Low-Rank Adaptation (Wang et al. 2025, arXiv 2501.19050), sections 4.1 to 4.3, equations 6 to 8."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import linalg
+from ..update import Update
+from ._method import Bound, Method, require, require_fit, require_rank
+from ._start import kaiming
+
+
+@dataclass(frozen=True)
+class NBLoRA(Method):
+    """Every singular value of the update stays below a bound, by construction, and every such update is reachable.
+
+    Equation: dW = 2 B^T diag(s) A, [A B] = Cayley([At Bt]), s = delta softmax(st / sqrt(r))^(1/p), so |dW|_Sp <= delta.
+    Parameters per layer: r (m + n) + r, or r (m + n) for p = inf.
+    Export rank: r.
+    Differs from the paper: equation 25's sign error is mended (see vislora.linalg); At starts Kaiming-uniform, which
+    is how "small random" reads for LoRA (a tiny At would put A on the first r inputs); computed in float32.
+    A rank above the layer's smaller side is refused: dW would not start at zero.
+    """
+
+    batched: ClassVar[bool] = True
+    roles: ClassVar[Mapping[str, str]] = {"A": "down", "B": "up", "s": "core"}
+
+    rank: int = 16
+    p: float = 1.0  # which Schatten norm is bounded: 1 nuclear, 2 Frobenius, inf spectral
+    delta: float | None = None  # the bound, in the norm's own unit
+    delta_ratio: float | None = None  # the bound as a share of the base weight's norm; 0.1 if neither is given
+    bounded: bool = True  # False: s itself is trained, with the same start and no bound
+    start: Literal["kaiming", "orthogonal"] = "kaiming"  # of At; orthogonal: orthonormal rows
+    backward: Literal["custom", "autodiff"] = "custom"  # of the Cayley map
+
+    def check(self) -> None:
+        require_rank(self.rank)
+        require(self.p >= 1, "p", f"{self.p} is below 1", "take 1 (nuclear), 2 (Frobenius) up to inf (spectral)")
+        both = self.delta is not None and self.delta_ratio is not None
+        require(not both, "delta", f"{self.delta} given beside delta_ratio {self.delta_ratio}", "give one of the two")
+        for option in ("delta", "delta_ratio"):
+            value = getattr(self, option)
+            good = value is None or (value > 0 and math.isfinite(value))
+            require(good, option, f"{value} is not a positive number", "take a positive one, such as 6 or 0.1")
+        starts, backwards = ("kaiming", "orthogonal"), ("custom", "autodiff")
+        require(self.start in starts, "start", f"{self.start!r} is unknown", f"take {' or '.join(starts)}")
+        require(self.backward in backwards, "backward", f"{self.backward!r} is unknown", "take custom or autodiff")
+
+    def init(self, site, generator: torch.Generator) -> dict[str, Tensor]:
+        require_fit(self.rank, site)
+        A = kaiming(self.rank, site.n, generator)
+        if self.start == "orthogonal":
+            A = linalg.orthonormal(torch.randn(site.n, self.rank, generator=generator)).mT.contiguous()
+        tensors = {"A": nn.Parameter(A), "B": nn.Parameter(torch.zeros(self.rank, site.m))}
+        delta = torch.tensor(self.delta if self.delta is not None else self._ratio_of(site))
+        equal = delta * self.rank ** (-1 / self.p)  # every s_j when st = 0; r^0 = 1 for p = inf
+        if not self.bounded:
+            return {**tensors, "s": nn.Parameter(equal.repeat(self.rank))}
+        tensors["delta"] = delta
+        if self.p < math.inf:
+            tensors["s"] = nn.Parameter(0.01 * torch.randn(self.rank, generator=generator))
+        return tensors
+
+    def _ratio_of(self, site) -> float:
+        ratio = 0.1 if self.delta_ratio is None else self.delta_ratio
+        norm = linalg.schatten(torch.linalg.svdvals(site.weight()), self.p).item()
+        wrong = f"{ratio} of the norm of {site.name} is {ratio * norm}"
+        require(0 < norm < math.inf, "delta_ratio", wrong, "give an absolute delta for that layer's model")
+        return ratio * norm
+
+    def singular_bounds(self, t: SimpleNamespace) -> Tensor:
+        """s (..., r): the j-th largest singular value of dW is at most the j-th largest of s."""
+        if not self.bounded:
+            return t.s
+        if self.p == math.inf:
+            return t.delta[..., None].expand(*t.delta.shape, self.rank)
+        return t.delta[..., None] * torch.softmax(linalg.precise(t.s) / self.rank**0.5, -1) ** (1 / self.p)
+
+    def factors(self, t: SimpleNamespace) -> Update:
+        A, B = linalg.cayley(t.A, t.B, self.backward)  # (..., r, n), (..., r, m)
+        return Update(up=2 * B.mT * self.singular_bounds(t)[..., None, :], down=A)
+
+    def bound(self, t: SimpleNamespace) -> Bound | None:
+        return Bound(p=self.p, delta=t.delta) if self.bounded else None

@@ -1,0 +1,116 @@
+"""attach: from a model and a method's name to an adapter."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter, qualified
+from .adapters import Method, get
+from .errors import InputError
+from .part import Part
+from .site import Site, find
+from .tap import part_holder
+
+
+def attach(
+    model: Any,
+    method: str | Method,
+    *,
+    targets: str | Iterable[str] | None = None,
+    name: str = "default",
+    seed: int = 0,
+    **options: Any,
+) -> Adapter:
+    """Freeze `model` and let it train by `method`. The adapted model starts as the base model.
+
+    model: a module, a diffusers pipeline, or {component name: module}. Of a pipeline with no targets given, the
+    denoiser is adapted; with targets, every denoiser and text encoder where they match.
+    targets: a preset, a list of name suffixes, or a regex; None is the model's own preset.
+    seed: the random start is a function of it and of each site's name alone; no global state is drawn from.
+    Raises InputError for an unknown method, option or target, or a name already taken; the model is then untouched.
+    """
+    if isinstance(method, Method):
+        method_name = type(method).__module__.rpartition(".")[2]
+        if options:
+            raise InputError("attach", f"options {sorted(options)} beside a Method", "set them on the Method")
+        method.check()
+    else:
+        method_name, method = method, get(method).from_options(method, options)
+    targets = targets if targets is None or isinstance(targets, str) else list(targets)
+    found = {component: (root, sites) for component, root, sites in _places(model, targets)}
+    tensors = {
+        component: [method.init(s, _generator(seed, qualified(component, s.name))) for s in sites]
+        for component, (_, sites) in found.items()
+    }
+    return build(name, method_name, method, found, tensors, seed)
+
+
+def build(
+    name: str,
+    method_name: str,
+    method: Method,
+    found: dict[str, tuple[nn.Module, list[Site]]],
+    tensors: dict[str, list[dict[str, Tensor]]],
+    seed: int,
+) -> Adapter:
+    """An installed Adapter from sites and their tensors. Raises InputError for a name already taken."""
+    if not name or "." in name:
+        raise InputError("name", f"{name!r} is no adapter name", "take a word without dots")
+    for root, sites in found.values():
+        if f"vislora_{name}" in part_holder(root, sites[0].module)._modules:
+            wrong = f"{name!r} is taken on this model"
+            raise InputError("name", wrong, "give another name=, or detach that adapter first")
+    parts = {c: (root, Part(root, sites, method, tensors[c], name)) for c, (root, sites) in found.items()}
+    return Adapter(name, method_name, method, parts, seed)
+
+
+def components(model: Any) -> dict[str, nn.Module]:
+    """{component: module}: a bare module under the empty name, a pipeline's denoiser and text encoders, or a dict.
+
+    Raises InputError for anything else.
+    """
+    if isinstance(model, nn.Module):
+        return {"": model}
+    if isinstance(model, dict):
+        wrong = [k for k, v in model.items() if not isinstance(v, nn.Module) or "." in str(k) or not k]
+        if not model or wrong:
+            raise InputError("model", f"components {wrong or 'none'} are no named modules", "give {name: module}")
+        return dict(model)
+    if isinstance(getattr(model, "components", None), dict):
+        known = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+        parts = {k: model.components.get(k) for k in known}
+        parts = {k: v for k, v in parts.items() if isinstance(v, nn.Module)}
+        if parts:
+            return parts
+    raise InputError("model", f"a {type(model).__name__}", "give a module, a diffusers pipeline or {name: module}")
+
+
+def _places(model: Any, targets) -> Iterator[tuple[str, nn.Module, list[Site]]]:
+    parts = components(model)
+    if len(parts) == 1 or (targets is None and isinstance(model, dict)):
+        for component, root in parts.items():
+            yield component, root, find(root, targets)
+    elif targets is None:
+        component = next(iter(parts))  # a pipeline's denoiser comes first
+        yield component, parts[component], find(parts[component], None)
+    else:
+        hits, refused = [], None
+        for component, root in parts.items():
+            try:
+                hits.append((component, root, find(root, targets)))
+            except InputError as error:  # targets may belong to one component alone
+                refused = refused or error
+        if not hits:
+            raise refused
+        yield from hits
+
+
+def _generator(seed: int, site: str) -> torch.Generator:
+    """A generator that depends on the seed and the site's name alone, not on order or global state."""
+    digest = hashlib.sha256(f"{seed}/{site}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,0 +1,222 @@
+"""Adapters on disk: one safetensors file that carries its own configuration, read strictly both ways."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .adapter import Adapter, qualified
+from .adapters import get
+from .attach import build, components
+from .errors import EnvironmentFault, InputError, near
+from .measure import fingerprint
+from .site import Site, find_named
+
+FILE = "adapter.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+_FORMAT = 1
+_NORM_TOLERANCE = 0.01  # bf16, fp16 and 4-bit copies of a base pass; another model does not
+
+
+def save(adapter: Adapter, folder: Path) -> Path:
+    """Write folder/adapter.safetensors: every tensor as "<site>.<tensor>", the configuration in the header."""
+    config = {
+        "format": _FORMAT,
+        "method": adapter.method_name,
+        "options": adapter.method.options(),
+        "seed": adapter.seed,
+        "components": list(adapter.parts),
+        "base": fingerprint(adapter),
+    }
+    tensors = {name: t.detach().cpu().contiguous() for name, t in adapter.named_tensors()}
+    require_finite(tensors, "adapter")
+    return write(tensors, {"format": "pt", "vislora": json.dumps(config)}, folder / FILE)
+
+
+def write(tensors: dict[str, Tensor], header: dict[str, str], path: Path) -> Path:
+    """Write a safetensors file through a temporary one and a rename, so that no half-written file bears the name."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata=header)
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp's own mode hides the file from other users
+            os.rename(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise EnvironmentFault(str(path), f"cannot be written ({error})", "free space or choose another folder") from None
+    return path
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file's tensors, on the CPU, and header. Raises InputError naming the file for a damaged one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise InputError(str(path), f"is no whole safetensors file ({error})", "copy or train it again") from None
+
+
+def load(
+    model: Any, path: str | Path, name: str = "default", weight: float = 1.0, allow_other_base: bool = False
+) -> Adapter:
+    """Attach a saved adapter to `model`: our own folder or file, a run's folder, or a diffusers LoRA of SD 1.x.
+
+    model: a module, a pipeline or {component: module}, as for `attach`.
+    weight: the adapter's strength. allow_other_base: skip the comparison with the base it was trained on.
+    Every layer of the file must be found in the model, by name and shape, and every tensor be finite.
+    Raises InputError for a file of which nothing, or only a part, fits; the model is then untouched.
+    """
+    file = _locate(Path(path))
+    tensors, header = read(file)
+    if not tensors:
+        raise InputError(str(file), "holds no tensors", "train or copy it again")
+    require_finite(tensors, str(file))
+    if "vislora" in header:
+        adapter = _load_own(model, file, tensors, header["vislora"], name, allow_other_base)
+    else:
+        from .export import from_diffusers
+
+        adapter = from_diffusers(model, file, tensors, header, name)
+    adapter.weight = weight
+    return adapter
+
+
+def _locate(path: Path) -> Path:
+    if path.is_dir():
+        for candidate in (path / FILE, path / "adapter" / FILE, path / LORA_FILE):
+            if candidate.is_file():
+                return candidate
+        raise InputError(str(path), "holds no adapter", f"give a folder with {FILE} or {LORA_FILE}")
+    if not path.is_file():
+        raise InputError(str(path), "does not exist", "give an adapter's folder or file")
+    if path.suffix != ".safetensors":
+        wrong = f"is a {path.suffix or 'nameless'} file, which may run code when read"
+        raise InputError(str(path), wrong, "convert it to .safetensors with the tool that made it")
+    return path
+
+
+def _load_own(model, file: Path, tensors: dict[str, Tensor], text: str, name: str, allow_other_base: bool) -> Adapter:
+    try:
+        config = json.loads(text)
+        version, method_name = config["format"], config["method"]
+        options, shapes = dict(config["options"]), dict(config["base"]["shapes"])
+        saved_norms, seed, prefixes = dict(config["base"]["norms"]), config["seed"], list(config["components"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(str(file), f"has a damaged header ({error!r})", "copy it again") from None
+    if version != _FORMAT:
+        raise InputError(str(file), f"is of format {version}, this vislora reads {_FORMAT}", "update vislora")
+    method = get(method_name).from_options(method_name, options)
+    roots = place(components(model), prefixes, shapes, file)
+    found: dict[str, tuple[nn.Module, list[Site]]] = {}
+    values: dict[str, list[dict[str, Tensor]]] = {}
+    renamed = {}
+    for prefix, (component, root) in roots.items():
+        names = [n.removeprefix(prefix + ".") if prefix else n for n in shapes if _has_prefix(n, prefix, prefixes)]
+        sites = find_named(root, names)
+        _require_all(names, sites, root, file)
+        for site in sites:
+            saved = qualified(prefix, site.name)
+            if list(shapes[saved]) != [site.m, site.n]:
+                wrong = f"{saved} is {shapes[saved]} in the adapter, {[site.m, site.n]} in the model"
+                raise InputError(str(file), wrong, "load it into the model it was trained on")
+            renamed[saved] = site
+        found[component] = (root, sites)
+        values[component] = [{} for _ in sites]
+        for site, tensors_of_site in zip(sites, values[component], strict=True):
+            shape_only = method.init(site, torch.Generator().manual_seed(0))
+            for key, made in shape_only.items():
+                stored = tensors.pop(f"{qualified(prefix, site.name)}.{key}", None)
+                if stored is None or stored.shape != made.shape or not stored.is_floating_point():
+                    held = "missing" if stored is None else f"{stored.dtype} {tuple(stored.shape)}"
+                    wrong = f"tensor {key} of {site.name} is {held}, {tuple(made.shape)} is needed"
+                    raise InputError(str(file), wrong, "train or copy it again")
+                stored = stored.to(made.dtype)
+                tensors_of_site[key] = nn.Parameter(stored) if isinstance(made, nn.Parameter) else stored
+    if tensors:
+        wrong = f"{len(tensors)} tensors belong to no layer: {', '.join(sorted(tensors)[:5])}"
+        raise InputError(str(file), wrong, "copy it again")
+    if not allow_other_base:
+        _require_base(saved_norms, renamed, file)
+    return build(name, method_name, method, found, values, seed)
+
+
+def place(parts: dict[str, nn.Module], prefixes: list[str], names: Iterable[str], file: Path):
+    """{prefix in the file: (component, root)} of a model's components for a file's.
+
+    A file of a bare module finds its component in a pipeline; one of a single component loads into a bare module.
+    """
+    if len(prefixes) == 1 and (prefixes[0] not in parts):
+        if list(parts) == [""]:
+            return {prefixes[0]: ("", parts[""])}
+        if prefixes == [""]:
+            names = list(names)
+            fit = [c for c, root in parts.items() if len(find_named(root, names)) == len(names)]
+            if len(fit) == 1:
+                return {"": (fit[0], parts[fit[0]])}
+    missing = [prefix for prefix in prefixes if prefix not in parts]
+    if missing:
+        wrong = f"adapts {', '.join(p or 'a bare module' for p in prefixes)}; the model given has {_named(parts)}"
+        raise InputError(str(file), wrong, "give the whole pipeline, or the component it was trained on")
+    return {prefix: (prefix, parts[prefix]) for prefix in prefixes}
+
+
+def _named(parts: dict[str, nn.Module]) -> str:
+    return ", ".join(component or type(root).__name__ for component, root in parts.items())
+
+
+def _has_prefix(name: str, prefix: str, prefixes: list[str]) -> bool:
+    return prefixes == [""] or name.startswith(prefix + ".")
+
+
+def _require_all(names: list[str], sites: list[Site], root: nn.Module, file: Path) -> None:
+    have = {site.name for site in sites}
+    missing = [n for n in names if n not in have]
+    if missing:
+        known = [n for n, m in root.named_modules() if isinstance(m, nn.Linear)]
+        wrong = f"{len(missing)} of its {len(names)} layers are not in {type(root).__name__}: {', '.join(missing[:5])}"
+        raise InputError(str(file), wrong + near(missing[0], known), "load it into the model it was trained on")
+
+
+def _require_base(saved: dict[str, float], sites: dict[str, Site], file: Path) -> None:
+    off = []
+    for name, norm in saved.items():
+        own = torch.linalg.vector_norm(sites[name].weight()).item()
+        if not math.isclose(own, norm, rel_tol=_NORM_TOLERANCE):
+            off.append(f"{name} has norm {own:.4g}, the adapter's base {norm:.4g}")
+    if off:
+        wrong = f"was trained on another base ({len(off)} of {len(saved)} weights differ: {off[0]})"
+        raise InputError(str(file), wrong, "load that base, or pass allow_other_base=True")
+
+
+def require_finite(tensors: dict[str, Tensor], subject: str) -> None:
+    """Raise InputError naming the first tensor that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(subject, f"{name} holds NaN or infinity", "go back to an earlier checkpoint")
+
+
+def require_same_tensors(own: dict[str, Tensor], given: dict[str, Tensor], subject: str) -> None:
+    """Raise InputError unless both hold the same names with the same shapes."""
+    if own.keys() != given.keys():
+        odd = sorted(own.keys() ^ given.keys())
+        wrong = f"{len(odd)} tensors are on one side only: {', '.join(odd[:5])}"
+        raise InputError(subject, wrong, "use the targets and options it was saved with")
+    for name, tensor in own.items():
+        if tensor.shape != given[name].shape:
+            wrong = f"{name} is {tuple(given[name].shape)}, {tuple(tensor.shape)} is needed"
+            raise InputError(subject, wrong, "use the rank and options it was saved with")

@@ -1,0 +1,105 @@
+"""The linear algebra that methods share. Every function takes leading batch dimensions and works in float32 or
+float64, never lower: torch has no half-precision inverse, QR or SVD, and a Cayley map with bf16 products is off
+orthonormality by 1 %."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def precise(x: Tensor) -> Tensor:
+    """`x` as float32, or unchanged if it is float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class _Cayley(torch.autograd.Function):
+    """(K, Y) -> (G, H) of `cayley`, saving the r x r inverse and Y alone.
+
+    The backward is derived here from V = (I + K + Y Yᵀ)⁻¹, G = 2V - I, H = -2 V Y. It agrees with NB-LoRA's
+    equation (25) once that equation's sign error is mended: the ½HM term of its gradient for Y is added.
+    """
+
+    @staticmethod
+    def forward(ctx, K: Tensor, Y: Tensor):  # K (..., r, r) skew; Y (..., r, k)
+        eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+        # inv_ex does not wait for the device. No check is needed: the symmetric part of I + K + Y Yᵀ is at
+        # least I, so the inverse exists and its norm is at most 1.
+        V = torch.linalg.inv_ex(eye + K + Y @ Y.mT).inverse
+        ctx.save_for_backward(V, Y)
+        return 2 * V - eye, -2 * (V @ Y)
+
+    @staticmethod
+    def backward(ctx, dG: Tensor, dH: Tensor):
+        V, Y = ctx.saved_tensors
+        dV = 2 * (dG - dH @ Y.mT)
+        dN = -(V.mT @ dV @ V.mT)
+        dY = (dN + dN.mT) @ Y - 2 * (V.mT @ dH)
+        return dN, dY
+
+
+def cayley(down: Tensor, up: Tensor, backward: str = "custom") -> tuple[Tensor, Tensor]:
+    """Orthonormalise two free matrices jointly by the Cayley transform of NB-LoRA (equations 6 to 8).
+
+    down: (..., r, n), up: (..., r, m) with r <= n. Returns A (..., r, n) and B (..., r, m) with
+    A Aᵀ + B Bᵀ = I, smooth in both, and B = 0 exactly where up = 0.
+    backward: "custom" saves one r x r matrix a layer; "autodiff" differentiates the plain expression.
+
+    Written row-wise: with [X; Y] the paper's split of [Ãᵀ; B̃ᵀ] after r rows, K is Xᵀ - X and `Y` here its Yᵀ, so
+    that V below is the transposed inverse of the paper's I + Z and only one r x r system is solved.
+    """
+    r, n = down.shape[-2:]
+    with torch.autocast(down.device.type, enabled=False):
+        down, up = precise(down), precise(up)
+        K = down[..., :r] - down[..., :r].mT
+        Y = torch.cat([down[..., r:], up], dim=-1)
+        if backward == "custom":
+            G, H = _Cayley.apply(K, Y)
+        else:
+            eye = torch.eye(r, dtype=K.dtype, device=K.device)
+            V = torch.linalg.inv(eye + K + Y @ Y.mT)
+            G, H = 2 * V - eye, -2 * (V @ Y)
+        return torch.cat([G, H[..., : n - r]], dim=-1), H[..., n - r :]
+
+
+def orthonormal(x: Tensor) -> Tensor:
+    """Orthonormal basis (..., n, r) of the columns of x (..., n, r) by QR, signs fixed so that diag(R) >= 0.
+
+    Without the fixed signs the basis of a slightly changed x may jump by a column's sign.
+    """
+    Q, R = torch.linalg.qr(precise(x))
+    sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q.dtype)
+    return Q * sign[..., None, :]
+
+
+def top_svd(weight: Tensor, rank: int, niter: int | None = None, generator: torch.Generator | None = None):
+    """The `rank` largest singular triplets of weight (m, n): U (m, r), S (r,), V (n, r), in float32 or float64.
+
+    niter: None for the exact decomposition; an integer for randomised subspace iteration (Halko et al. 2011,
+    algorithm 4.4) with that many rounds and an oversampling of 8, which is far quicker for large weights.
+    """
+    weight = precise(weight)
+    if niter is None:
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        return U[:, :rank].contiguous(), S[:rank].contiguous(), Vh[:rank].mT.contiguous()
+    width = min(rank + 8, *weight.shape)
+    probe = torch.randn(weight.shape[1], width, generator=generator, dtype=weight.dtype).to(weight.device)
+    Q = orthonormal(weight @ probe)
+    for _ in range(niter):
+        Q = orthonormal(weight @ orthonormal(weight.mT @ Q))
+    U, S, Vh = torch.linalg.svd(Q.mT @ weight, full_matrices=False)
+    return (Q @ U[:, :rank]).contiguous(), S[:rank].contiguous(), Vh[:rank].mT.contiguous()
+
+
+def product_singular_values(up: Tensor, down: Tensor) -> Tensor:
+    """Singular values (..., r), largest first, of up @ down for up (..., m, r), down (..., r, n), never forming it."""
+    R_up = torch.linalg.qr(precise(up), mode="r").R
+    R_down = torch.linalg.qr(precise(down).mT, mode="r").R
+    return torch.linalg.svdvals(R_up @ R_down.mT)
+
+
+def schatten(values: Tensor, p: float) -> Tensor:
+    """Schatten p-norm (...) from singular values (..., r): p = 1 nuclear, 2 Frobenius, inf spectral."""
+    return torch.linalg.vector_norm(values, ord=p if p != math.inf else math.inf, dim=-1)

@@ -1,0 +1,103 @@
+"""What an update amounts to: norms, the share of a bound in use, certificates, and a base model's fingerprint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import linalg
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
+    from .site import Site
+
+_FINGERPRINT_WEIGHTS = 16
+
+
+@dataclass(frozen=True)
+class Norms:
+    """One site's update: its Frobenius and spectral norm, the weight's Frobenius norm, and their ratio.
+
+    norm: its Schatten p-norm for the p of the method's bound (p = 2 where the method has none).
+    bound: what the method promises for `norm`, None if nothing; share: norm / bound.
+    """
+
+    frobenius: float
+    spectral: float
+    weight: float
+    p: float
+    norm: float
+    bound: float | None
+
+    @property
+    def ratio(self) -> float:
+        """Frobenius norm of the update over that of the base weight."""
+        return self.frobenius / self.weight if self.weight else math.inf
+
+    @property
+    def share(self) -> float | None:
+        """How much of the bound is in use, 0 to 1."""
+        return None if self.bound is None else self.norm / self.bound
+
+
+@torch.no_grad()
+def norms(adapter: Adapter) -> dict[str, Norms]:
+    """{site: Norms} for every site, of the update at strength 1, from float32 factors."""
+    out = {}
+    for name, site, tensors, update in adapter.site_updates():
+        values = _singular_values(update, site)
+        bound = adapter.method.bound(tensors)
+        p = 2.0 if bound is None else bound.p
+        out[name] = Norms(
+            frobenius=linalg.schatten(values, 2).item(),
+            spectral=values.max().item(),
+            weight=torch.linalg.vector_norm(site.weight()).item(),
+            p=p,
+            norm=linalg.schatten(values, p).item(),
+            bound=None if bound is None else bound.delta.item(),
+        )
+    return out
+
+
+def _singular_values(update, site: Site) -> Tensor:
+    """Of the update, without forming it where it is a plain product of low rank."""
+    up, down = update.factors()
+    if update.row_scale is None and up.shape[-1] <= min(up.shape[-2], down.shape[-1]):
+        return linalg.product_singular_values(up, down)
+    return torch.linalg.svdvals(update.dense(site.weight()))
+
+
+def certificate(adapter: Adapter) -> dict[str, Any]:
+    """What the exported file states: method, options, each module's measured norm and bound, the base's fingerprint.
+
+    Norms are of the update at strength 1. `largest_share` is None for a method that promises no bound.
+    """
+    measured = norms(adapter)
+    shares = [n.share for n in measured.values() if n.share is not None]
+    return {
+        "method": adapter.method_name,
+        "options": adapter.method.options(),
+        "modules": {
+            name: {"p": "inf" if n.p == math.inf else n.p, "norm": n.norm, "spectral": n.spectral, "bound": n.bound}
+            for name, n in measured.items()
+        },
+        "largest_norm": max(n.norm for n in measured.values()),
+        "largest_spectral": max(n.spectral for n in measured.values()),
+        "largest_share": max(shares) if shares else None,
+        "base": fingerprint(adapter),
+    }
+
+
+def fingerprint(adapter: Adapter) -> dict[str, Any]:
+    """What a base is recognised by: its adapted modules' shapes, and the norms of up to 16 of their weights."""
+    sites = [(n, s) for n, s, _, _ in adapter.site_updates()]
+    step = max(1, len(sites) // _FINGERPRINT_WEIGHTS)
+    return {
+        "classes": {component: type(root).__name__ for component, root in adapter.roots.items()},
+        "shapes": {name: [site.m, site.n] for name, site in sites},
+        "norms": {n: torch.linalg.vector_norm(s.weight()).item() for n, s in sites[::step][:_FINGERPRINT_WEIGHTS]},
+    }
