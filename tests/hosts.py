@@ -47,10 +47,11 @@ def timm_vit() -> nn.Module:
 def hf_vit() -> nn.Module:
     return ViTModel(
         ViTConfig(
-            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=16,
+            patch_size=8,
         ),
         add_pooling_layer=False,
-    )
+    )  # fmt: skip
 
 
 class _OldAttention(nn.Module):

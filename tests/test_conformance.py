@@ -7,7 +7,7 @@ from hosts import all_hosts
 
 from vislora import methods
 from vislora.adapters import get
-from vislora.testing import CHECKS, Subject
+from vislora.testing import CHECKS, METHOD_CHECKS, Subject
 
 _HOSTS = {host.name: host for host in all_hosts()}
 
@@ -17,3 +17,9 @@ _HOSTS = {host.name: host for host in all_hosts()}
 @pytest.mark.parametrize("method", methods())
 def test_conformance(method, host, check):
     check(Subject(get(method)(rank=4), _HOSTS[host]))
+
+
+@pytest.mark.parametrize("check", METHOD_CHECKS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("method", methods())
+def test_method(method, check):
+    check(Subject(get(method)(rank=4), _HOSTS["linear"]))

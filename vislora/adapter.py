@@ -16,7 +16,7 @@ from .adapters import Method
 from .errors import InputError
 from .part import Part
 from .site import Site
-from .tap import RootHook, Tap, install, require_float_weights, require_no_reader, require_untied, tap_of, uninstall
+from .tap import RootHook, Tap, install, require_float_weights, require_untied, tap_of, uninstall
 from .update import Update
 
 log = logging.getLogger("vislora")
@@ -28,7 +28,9 @@ class Adapter:
     parts: {component name: Part}; one part with the empty name where a bare module was adapted.
     """
 
-    def __init__(self, name: str, method_name: str, method: Method, parts: dict[str, tuple[nn.Module, Part]], seed: int):
+    def __init__(
+        self, name: str, method_name: str, method: Method, parts: dict[str, tuple[nn.Module, Part]], seed: int
+    ):
         self.name, self.method_name, self.method, self.seed = name, method_name, method, seed
         self.roots = {component: root for component, (root, _) in parts.items()}
         self.parts = {component: part for component, (_, part) in parts.items()}
@@ -169,7 +171,6 @@ class Adapter:
         for component, part in self.parts.items():
             require_float_weights(part)
             require_untied(self.roots[component], part)
-            require_no_reader(part, self.name)
         for part in self.parts.values():
             for tap in _taps(part):
                 tap.merge(part)
@@ -203,9 +204,10 @@ class Adapter:
             self._step_hook.remove()
         for hook in self._hooks:
             hook.remove()
-        lost = max((tap.keep(part) for part in self.parts.values() for tap in _taps(part)), default=0.0) if merge else 0.0
+        lost = max(tap.keep(part) for part in self.parts.values() for tap in _taps(part)) if merge else 0.0
         if lost > 0.1:
-            log.warning("merging lost %.0f %% of a delta to the weights' precision; merge into a float32 copy", 100 * lost)
+            words = "merging lost %.0f %% of a delta to the weights' precision -> merge into a float32 copy"
+            log.warning(words, 100 * lost)
         for component, part in self.parts.items():
             uninstall(self.roots[component], part)
         self.parts, self.roots, self._hooks = {}, {}, []

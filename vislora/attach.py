@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter, qualified
 from .adapters import Method, get
-from .errors import InputError
+from .errors import InputError, near
 from .part import Part
 from .site import Site, find
 from .tap import part_holder
@@ -21,7 +21,7 @@ def attach(
     model: Any,
     method: str | Method,
     *,
-    targets: str | Iterable[str] | None = None,
+    targets: str | Iterable[str] | Mapping[str, Any] | None = None,
     name: str = "default",
     seed: int = 0,
     **options: Any,
@@ -30,7 +30,8 @@ def attach(
 
     model: a module, a diffusers pipeline, or {component name: module}. Of a pipeline with no targets given, the
     denoiser is adapted; with targets, every denoiser and text encoder where they match.
-    targets: a preset, a list of name suffixes, or a regex; None is the model's own preset.
+    targets: a preset, a list of name suffixes, or a regex; None is the model's own preset. A mapping gives each
+    component its own, and adapts those that it names.
     seed: the random start is a function of it and of each site's name alone; no global state is drawn from.
     Raises InputError for an unknown method, option or target, or a name already taken; the model is then untouched.
     """
@@ -41,8 +42,11 @@ def attach(
         method.check()
     else:
         method_name, method = method, get(method).from_options(method, options)
-    targets = targets if targets is None or isinstance(targets, str) else list(targets)
-    found = {component: (root, sites) for component, root, sites in _places(model, targets)}
+    if isinstance(targets, Mapping):
+        places = _named_places(model, targets)
+    else:
+        places = _places(model, targets if targets is None or isinstance(targets, str) else list(targets))
+    found = {component: (root, sites) for component, root, sites in places}
     tensors = {
         component: [method.init(s, _generator(seed, qualified(component, s.name))) for s in sites]
         for component, (_, sites) in found.items()
@@ -88,6 +92,15 @@ def components(model: Any) -> dict[str, nn.Module]:
         if parts:
             return parts
     raise InputError("model", f"a {type(model).__name__}", "give a module, a diffusers pipeline or {name: module}")
+
+
+def _named_places(model: Any, targets: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module, list[Site]]]:
+    parts = components(model)
+    for component, words in targets.items():
+        if component not in parts:
+            wrong = f"{component!r} is no component{near(component, parts)}"
+            raise InputError("targets", wrong, f"name some of {', '.join(parts)}")
+        yield component, parts[component], find(parts[component], words)
 
 
 def _places(model: Any, targets) -> Iterator[tuple[str, nn.Module, list[Site]]]:

@@ -13,7 +13,7 @@ class VisloraError(Exception):
     exit_code = 1
 
     def __init__(self, subject: str, wrong: str, remedy: str):
-        """`subject`: the file or flag at fault; `wrong`: what is wrong with it, with the value; `remedy`: what to do."""
+        """`subject`: the file or flag at fault; `wrong`: what is wrong, with the value; `remedy`: what to do."""
         self.subject, self.wrong, self.remedy = subject, wrong, remedy
         super().__init__(printable(f"{subject}: {wrong} -> {remedy}"))
 

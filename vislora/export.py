@@ -69,7 +69,8 @@ def check_exportable(adapter: Adapter) -> None:
         if prefix not in _COMPONENTS:
             raise InputError("export", f"the diffusers layout has no place for {prefix}", "use adapter.save")
         if any(site.rows is not None for site in part.sites):
-            raise InputError("export", "slices of a fused matrix have no place in the diffusers layout", "use adapter.save")
+            wrong = "slices of a fused matrix have no place in the diffusers layout"
+            raise InputError("export", wrong, "use adapter.save")
         if prefix != "unet" and "magnitude" in adapter.method.roles.values():
             wrong = f"diffusers drops {adapter.method_name}'s magnitudes in the {prefix}"
             raise InputError("export", wrong, "adapt the UNet alone, or take another adapter")

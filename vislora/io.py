@@ -58,7 +58,8 @@ def write(tensors: dict[str, Tensor], header: dict[str, str], path: Path) -> Pat
         finally:
             Path(temporary).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
-        raise EnvironmentFault(str(path), f"cannot be written ({error})", "free space or choose another folder") from None
+        wrong = f"cannot be written ({error})"
+        raise EnvironmentFault(str(path), wrong, "free space or choose another folder") from None
     return path
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .errors import InputError
 
@@ -44,15 +45,17 @@ class Tap:
         dropout = part.method.input_dropout if self.module.training else 0.0
         strength = part.strength
         blocks, at = [], 0
-        bias = self.module.bias
-        for site, update in part.updates_of(self.module):
+        bias, updates, frozen = self.module.bias, part.updates_of(self.module), output
+        if self.base is not None and any(update.row_scale is not None for _, update in updates):
+            # A magnitude scales what the base makes of x, and `output` holds another adapter's merged delta.
+            frozen = F.linear(x, self.base, bias)
+        for site, update in updates:
             if site.rows is None:
-                return update.apply(x, output, bias, strength, dropout).to(output.dtype)
+                return update.apply(x, frozen, bias, strength, dropout).to(output.dtype)
             if site.rows.start > at:
                 blocks.append(output.new_zeros(*output.shape[:-1], site.rows.start - at))
             rows_bias = None if bias is None else bias[site.rows]
-            base = output[..., site.rows]
-            blocks.append(update.apply(x, base, rows_bias, strength, dropout).to(output.dtype))
+            blocks.append(update.apply(x, frozen[..., site.rows], rows_bias, strength, dropout).to(output.dtype))
             at = site.rows.stop
         if at < output.shape[-1]:
             blocks.append(output.new_zeros(*output.shape[:-1], output.shape[-1] - at))
@@ -82,7 +85,7 @@ class Tap:
 
     @torch.no_grad()
     def keep(self, part: Part) -> float:
-        """Make a merged part's delta permanent. Returns the share of the delta's norm lost to the weight's precision."""
+        """Make a merged part's delta permanent. Returns the share of its norm lost to the weight's precision."""
         others = [p for p in self.merged if p is not part]
         self.merged = [part]
         self._rewrite()
@@ -186,17 +189,6 @@ def require_untied(root: nn.Module, part: Part) -> None:
         if len(modules) > 1:
             wrong = f"the weight of {adapted[key].name} is shared with another module"
             raise InputError("merge", wrong, "leave that layer out of the targets, or keep the adapter unmerged")
-
-
-def require_no_reader(part: Part, name: str) -> None:
-    """A magnitude scales what the frozen module returns; that must not hold another adapter's merged delta."""
-    for site in part.sites:
-        tap = tap_of(site.module)
-        for other in tap.parts:
-            reads = other is not part and other not in tap.merged and "magnitude" in other.method.roles.values()
-            if reads:
-                wrong = f"{other.adapter_name!r} rescales the frozen rows of {site.name}"
-                raise InputError("merge", wrong, f"merge {other.adapter_name!r} before {name!r}")
 
 
 def install(root: nn.Module, part: Part) -> RootHook:

@@ -1,7 +1,8 @@
 """The conformance suite: what every method must do on every host. Another package runs `check(MyMethod())`.
 
 A check is a function of a Subject (a method on a host) that asserts; `CHECKS` lists them all, and nothing in them
-names a method: what may differ between methods is declared as a trait on the method.
+names a method: what may differ between methods is declared as a trait on the method. METHOD_CHECKS ask nothing of
+the host and run on the first one only.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ class Subject:
         adapter.bind(optimizer, steps)
         for step in range(steps):
             out = self.host.run(self.model, step)
-            (out.float().square().mean() + adapter.penalty()).backward()
+            # Towards an uneven target: a model that ends in a LayerNorm has no gradient towards a constant one.
+            target = torch.linspace(-1, 1, out.numel()).view_as(out)
+            ((out.float() - target).square().mean() + adapter.penalty()).backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -94,7 +97,8 @@ def options_round_trip(s: Subject) -> None:
     cls = type(s.method)
     assert cls() == cls.from_options("it", cls().options())
     assert cls.from_options("it", s.method.options()) == s.method
-    refused(lambda: cls.from_options("it", {"no_such_option": 1}), "no_such_option", *(f.name for f in dataclasses.fields(cls)))
+    names = [field.name for field in dataclasses.fields(cls)]
+    refused(lambda: cls.from_options("it", {"no_such_option": 1}), "no_such_option", *names)
 
 
 def documented(s: Subject) -> None:
@@ -259,7 +263,7 @@ def factors_pass_gradcheck(s: Subject) -> None:
         def product(*values, names=names, tensors=tensors):
             update = s.method.factors(SimpleNamespace(**{**tensors, **dict(zip(names, values, strict=True))}))
             pieces = (update.product(), update.magnitude)
-            return tuple(piece for piece in pieces if piece is not None)
+            return tuple(1 * piece for piece in pieces if piece is not None)
 
         assert torch.autograd.gradcheck(product, inputs, fast_mode=True)
 
@@ -292,16 +296,19 @@ def only_the_adapter_changes(s: Subject) -> None:
 def learns_a_planted_update(s: Subject) -> None:
     adapter = s.attach()
     generator = torch.Generator().manual_seed(5)
-    planted = []
+    planted = []  # reached from noisy tensors of the method's own, so that every method can represent it
     for _, site, tensors, _ in adapter.site_updates():
-        delta = torch.randn(site.m, 2, generator=generator) @ torch.randn(2, site.n, generator=generator)
-        bound = s.method.bound(tensors)
-        size = 0.1 * site.weight().norm() if bound is None else 0.5 * bound.delta
-        planted.append(delta / linalg.schatten(torch.linalg.svdvals(delta), bound.p if bound else 2) * size)
+        noisy = {}
+        for name, t in vars(tensors).items():
+            spread = 0.3 * (t.std().item() if t.numel() > 1 else 0.0) or 0.1
+            noise = spread * torch.randn(t.shape, generator=generator)
+            noisy[name] = (t + noise).detach() if isinstance(t, nn.Parameter) else t
+        update = s.method.factors(SimpleNamespace(**noisy)).with_row_scale(site.weight())
+        planted.append(update.dense(site.weight()).detach())
     optimizer = torch.optim.Adam(adapter.param_groups(0.02))
-    adapter.bind(optimizer, 400)
+    adapter.bind(optimizer, 300)
     losses = []
-    for _ in range(400):
+    for _ in range(300):
         loss = torch.zeros(())
         for part in adapter.parts.values():
             for site, update, goal in zip(part.sites, part(), planted, strict=True):
@@ -315,7 +322,7 @@ def learns_a_planted_update(s: Subject) -> None:
 
 def bound_holds_under_wild_steps(s: Subject) -> None:
     adapter = s.attach()
-    s.train(adapter, steps=30, lr=1.0)
+    s.train(adapter, steps=20, lr=1.0)
     for name, _, tensors, update in adapter.site_updates():
         bound = s.method.bound(tensors)
         if bound is not None:
@@ -435,9 +442,13 @@ def copies_are_independent(s: Subject) -> None:
     assert torch.equal(out, s.run(model=twin)) and not torch.equal(out, s.run())
 
 
-CHECKS: tuple[Callable[[Subject], None], ...] = (
+METHOD_CHECKS: tuple[Callable[[Subject], None], ...] = (
     options_round_trip,
     documented,
+    factors_pass_gradcheck,
+    learns_a_planted_update,
+)
+CHECKS: tuple[Callable[[Subject], None], ...] = (
     parameter_count_is_the_documented_one,
     starts_as_the_base,
     start_is_a_function_of_the_seed,
@@ -449,10 +460,8 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     disabled_is_the_base,
     weight_scales_the_delta,
     factors_batched_equal_single,
-    factors_pass_gradcheck,
     every_tensor_trains,
     only_the_adapter_changes,
-    learns_a_planted_update,
     bound_holds_under_wild_steps,
     checkpointing_gives_equal_gradients,
     saved_and_loaded_is_equal,
@@ -505,8 +514,8 @@ def hosts() -> list[Host]:
 def check(method: Method, on: Iterable[Host] | None = None) -> int:
     """Run every check of `method` on every host (the built-in ones by default). Returns how many ran."""
     ran = 0
-    for host in hosts() if on is None else on:
-        for one in CHECKS:
+    for i, host in enumerate(hosts() if on is None else on):
+        for one in CHECKS if i else METHOD_CHECKS + CHECKS:
             one(Subject(method, host))
             ran += 1
     return ran

@@ -1,4 +1,4 @@
-"""NB-LoRA: Norm-Bounded Low-Rank Adaptation (Wang et al. 2025, arXiv 2501.19050), sections 4.1 to 4.3, equations 6 to 8."""
+"""NB-LoRA: Norm-Bounded Low-Rank Adaptation (Wang et al. 2025, arXiv 2501.19050), equations 6 to 8 and 25."""
 
 from __future__ import annotations
 
@@ -40,6 +40,10 @@ class NBLoRA(Method):
     start: Literal["kaiming", "orthogonal"] = "kaiming"  # of At; orthogonal: orthonormal rows
     backward: Literal["custom", "autodiff"] = "custom"  # of the Cayley map
 
+    def __post_init__(self):
+        if self.delta is None and self.delta_ratio is None:  # so that saved options say which bound it was
+            object.__setattr__(self, "delta_ratio", 0.1)
+
     def check(self) -> None:
         require_rank(self.rank)
         require(self.p >= 1, "p", f"{self.p} is below 1", "take 1 (nuclear), 2 (Frobenius) up to inf (spectral)")
@@ -69,11 +73,10 @@ class NBLoRA(Method):
         return tensors
 
     def _ratio_of(self, site) -> float:
-        ratio = 0.1 if self.delta_ratio is None else self.delta_ratio
         norm = linalg.schatten(torch.linalg.svdvals(site.weight()), self.p).item()
-        wrong = f"{ratio} of the norm of {site.name} is {ratio * norm}"
+        wrong = f"{self.delta_ratio} of the norm of {site.name} is {self.delta_ratio * norm}"
         require(0 < norm < math.inf, "delta_ratio", wrong, "give an absolute delta for that layer's model")
-        return ratio * norm
+        return self.delta_ratio * norm
 
     def singular_bounds(self, t: SimpleNamespace) -> Tensor:
         """s (..., r): the j-th largest singular value of dW is at most the j-th largest of s."""

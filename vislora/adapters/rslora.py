@@ -1,4 +1,4 @@
-"""rsLoRA: A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA (Kalajdzievski 2023, arXiv 2312.03732), eq. 4."""
+"""rsLoRA: A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,119 @@
+"""The shipped world: models load offline, scenes come from their seeds, words and splits fit together."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+WORLD = ASSETS / "world"
+sys.path.insert(0, str(ASSETS / "build"))
+
+import scenes  # noqa: E402
+import world  # noqa: E402
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """No test may reach a hub."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    transformers = pytest.importorskip("transformers")
+    return transformers.CLIPTokenizer.from_pretrained(WORLD / "tiny-sd" / "tokenizer")
+
+
+def size(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def test_scene_is_a_function_of_its_seed():
+    np.random.seed(0)
+    first = [scenes.render_scene(seed) for seed in range(20)]
+    np.random.seed(1)
+    second = [scenes.render_scene(seed) for seed in range(20)]
+    for (a, text_a), (b, text_b) in zip(first, second, strict=True):
+        assert a.size == (64, 64) and a.mode == "RGB"
+        assert text_a == text_b and np.array_equal(np.asarray(a), np.asarray(b))
+    assert len({text for _, text in first}) > 15
+
+
+def test_explicit_spec_says_what_it_shows():
+    spec = scenes.SceneSpec(object="apple", background="brick wall", prop="big")
+    image, text = scenes.render_scene(spec)
+    assert text == "a big apple on a brick wall"
+    assert np.asarray(image).std() > 10
+
+
+@pytest.mark.parametrize("name", list(world.BACKGROUNDS))
+def test_backgrounds_differ_between_seeds_and_repeat_with_one(name):
+    a, b, c = (np.asarray(scenes.background(name, seed)) for seed in (1, 1, 2))
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+def test_world_json_is_what_the_builder_says():
+    assert json.loads((WORLD / "world.json").read_text()) == json.loads(json.dumps(world.as_json()))
+
+
+def test_subjects_are_held_out_and_their_classes_known():
+    assert len(world.OBJECTS) == 48 and len(set(world.OBJECTS.values())) == 48
+    assert len(world.SUBJECTS) >= 6 and len(world.PROMPTS) == 25
+    for name, (code, cls) in world.SUBJECTS.items():
+        assert code not in world.OBJECTS.values() and name not in world.OBJECTS and cls in world.OBJECTS
+        assert len(list((WORLD / "subjects" / name).glob("*.png"))) == 5
+    used = {s.object for seed in range(300) if (s := scenes.spec_from_seed(seed, "known"))}
+    assert used <= set(world.OBJECTS)
+
+
+def test_sizes_within_budget():
+    assert size(WORLD / "tiny-sd") <= 20e6
+    assert size(WORLD / "tiny-clip") <= 8e6
+    assert size(WORLD / "sprites") <= 1.5e6
+    assert (WORLD / "sprites" / "LICENSE").read_text().count("MIT") >= 1
+
+
+def test_every_word_is_one_token(tokenizer):
+    texts = [scenes.spec_from_seed(seed).caption for seed in range(500)]
+    texts += [text.format(f"sks {noun}") for text, _ in world.PROMPTS for noun in world.OBJECTS]
+    for text in texts:
+        assert len(tokenizer.tokenize(text)) == len(text.split()), text
+        assert len(tokenizer(text).input_ids) <= tokenizer.model_max_length
+    for word in world.IDENTIFIERS:
+        assert tokenizer.tokenize(word) == [f"{word}</w>"]
+        assert not any(word in text.split() for text in texts[:500])
+    ids = tokenizer("A PHOTO of something Unheard-of!").input_ids
+    assert tokenizer.unk_token_id not in ids[1:-1]
+
+
+def test_pipeline_draws_offline(capsys):
+    diffusers = pytest.importorskip("diffusers")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(WORLD / "tiny-sd", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    rng = torch.Generator().manual_seed(0)
+    image = pipe("a dog on grass", num_inference_steps=6, guidance_scale=4.0, generator=rng, output_type="np").images[0]
+    assert image.shape == (64, 64, 3)
+    assert np.isfinite(image).all() and image.std() > 0.03
+    red, green, blue = image.mean((0, 1))
+    assert green > blue
+
+
+def test_clip_ranks_captions():
+    open_clip = pytest.importorskip("open_clip")
+    name = f"local-dir:{WORLD / 'tiny-clip'}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    tok = open_clip.get_tokenizer(name)
+    model.eval()
+    specs = [scenes.spec_from_seed(5_000_000 + i, "all", kind="plain") for i in range(12)]
+    texts = [scenes.caption(spec) for spec in specs]
+    with torch.no_grad():
+        image = model.encode_image(torch.stack([preprocess(scenes.render(s)) for s in specs]), normalize=True)
+        best = (image @ model.encode_text(tok(texts), normalize=True).T).argmax(1).tolist()
+    assert sum(texts[i] == texts[j] for i, j in enumerate(best)) >= 10

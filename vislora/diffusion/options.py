@@ -1,0 +1,137 @@
+"""The options of DreamBooth training, in the words of the diffusers scripts: what train_scripts/dreambooth.py takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from vislora.errors import InputError
+from vislora.options import option
+
+_MODEL, _DATA, _PRIOR, _ADAPTER = "model", "data", "prior preservation", "adapter"
+_TRAIN, _LOSS, _IMAGES, _RUN = "training", "loss", "validation images", "run"
+
+# What a resumed run may change: no step already made was a function of it.
+FREE_ON_RESUME = frozenset({
+    "max_train_steps", "num_train_epochs", "validation_prompt", "num_validation_images", "validation_steps",
+    "validation_inference_steps", "output_dir", "logging_steps", "report_to", "checkpointing_steps",
+    "checkpoints_total_limit", "resume_from_checkpoint", "dry_run", "sample_batch_size", "class_data_dir",
+    "instance_data_dir", "pretrained_model_name_or_path",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DreamBoothOptions:
+    """Everything a DreamBooth run is a function of, beside the adapter's own options."""
+
+    pretrained_model_name_or_path: str | None = option(
+        None, "a folder in diffusers' format or a hub id; with no data named either, the embedded world", group=_MODEL
+    )
+    revision: str | None = option(None, "of a hub model: branch, tag or commit", group=_MODEL)
+    variant: str | None = option(None, "of the weight files, such as fp16", group=_MODEL)
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, "of the frozen weights and of computation, the adapter stays float32; none: accelerate's setting",
+        group=_MODEL,
+    )  # fmt: skip
+
+    instance_data_dir: str | None = option(None, "the folder with the subject's photos", group=_DATA)
+    instance_prompt: str | None = option(
+        None, "the prompt of every photo without a caption of its own (.txt beside it, or metadata.jsonl)", group=_DATA
+    )
+    caption_column: str = option("text", "metadata.jsonl's key for captions", group=_DATA)
+    resolution: int | None = option(None, "side of the square training images, pixels; none: the model's", group=_DATA)
+    center_crop: bool = option(False, "cut the middle, not a random square", group=_DATA)
+    random_flip: bool = option(False, "mirror half of the images", group=_DATA)
+    cache_latents: bool = option(True, "encode every image once, before training", group=_DATA)
+    crop_variants: int = option(4, "how many random crops and flips each image has", group=_DATA)
+
+    with_prior_preservation: bool = option(False, "hold on to what the class prompt gives", group=_PRIOR)
+    prior_source: Literal["images", "base_output"] = option(
+        "images", "class images, or the frozen model's own prediction for the class prompt", group=_PRIOR
+    )
+    class_prompt: str | None = option(None, "names the class without the subject", group=_PRIOR)
+    class_data_dir: str | None = option(None, "folder of class images; none: class_images in the run", group=_PRIOR)
+    num_class_images: int = option(100, "images to have; the missing ones are generated first", group=_PRIOR)
+    prior_loss_weight: float = option(1.0, "of the prior term", group=_PRIOR)
+    sample_batch_size: int = option(4, "images generated at a time, class images and validation", group=_PRIOR)
+
+    adapter: str = option("nb_lora", "the method; its options are flags of their own", group=_ADAPTER)
+    targets: tuple[str, ...] = option(
+        (), "of the UNet: a preset, a regular expression, or suffixes of layer names; none: its attention",
+        group=_ADAPTER, aliases=("lora_layers",),
+    )  # fmt: skip
+    train_text_encoder: bool = option(False, "adapt the text encoder too", group=_ADAPTER)
+
+    train_batch_size: int = option(4, "photos a step and process", group=_TRAIN)
+    gradient_accumulation_steps: int = option(1, "batches an optimizer step", group=_TRAIN)
+    gradient_checkpointing: bool = option(False, "compute activations again in the backward: less memory", group=_TRAIN)
+    max_train_steps: int | None = option(None, "optimizer steps; none: num_train_epochs", group=_TRAIN)
+    num_train_epochs: int = option(100, "passes over the photos, where max_train_steps is none", group=_TRAIN)
+    learning_rate: float = option(1e-4, "the largest of the schedule", group=_TRAIN)
+    text_encoder_lr: float = option(5e-6, "the same for the text encoder", group=_TRAIN)
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = option("constant", "shape of the schedule", group=_TRAIN)
+    lr_warmup_steps: int = option(0, "steps of linear warm-up", group=_TRAIN)
+    lr_num_cycles: int = option(1, "of cosine_with_restarts", group=_TRAIN)
+    lr_power: float = option(1.0, "of polynomial", group=_TRAIN)
+    adam_beta1: float = option(0.9, "AdamW's", group=_TRAIN)
+    adam_beta2: float = option(0.999, "AdamW's", group=_TRAIN)
+    adam_weight_decay: float = option(1e-2, "AdamW's", group=_TRAIN)
+    adam_epsilon: float = option(1e-8, "AdamW's", group=_TRAIN)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", group=_TRAIN)
+    allow_tf32: bool = option(False, "faster float32 products on recent GPUs", group=_TRAIN)
+
+    snr_gamma: float | None = option(None, "min-SNR loss weights with this gamma; 5 is usual", group=_LOSS)
+
+    validation_prompt: tuple[str, ...] = option(
+        (), "prompts to draw before, during and after training, or one .txt file with a prompt a line", group=_IMAGES,
+        aliases=("validation_prompts",),
+    )  # fmt: skip
+    num_validation_images: int = option(4, "for each prompt", group=_IMAGES)
+    validation_steps: int | None = option(None, "draw every so many steps; none: only before and after", group=_IMAGES)
+    validation_inference_steps: int = option(25, "sampler steps of an image", group=_IMAGES)
+    guidance_scale: float = option(7.5, "classifier-free guidance of generated images", group=_IMAGES)
+
+    output_dir: str | None = option(None, "the run's folder; none: a new number under runs/", group=_RUN)
+    seed: int = option(0, "all chance in the run is a function of it", group=_RUN)
+    logging_steps: int = option(10, "steps between lines of metrics.jsonl", group=_RUN)
+    report_to: Literal["tensorboard", "none"] = option("tensorboard", "where else metrics go", group=_RUN)
+    checkpointing_steps: int = option(500, "steps between checkpoints", group=_RUN)
+    checkpoints_total_limit: int | None = option(None, "how many to keep; none: all", group=_RUN)
+    resume_from_checkpoint: str | None = option(
+        None, "a checkpoint's folder, or latest, with the --output_dir of the run", group=_RUN
+    )
+    dry_run: bool = option(False, "check everything, say what would be trained, and stop", group=_RUN)
+
+    def __post_init__(self):
+        for name in (
+            "crop_variants", "num_class_images", "sample_batch_size", "train_batch_size", "logging_steps",
+            "gradient_accumulation_steps", "num_train_epochs", "num_validation_images", "validation_inference_steps",
+            "checkpointing_steps", "max_train_steps", "validation_steps", "checkpoints_total_limit", "resolution",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name}", f"{value} is below 1", "give 1 or more")
+        for name in ("learning_rate", "text_encoder_lr", "adam_epsilon", "max_grad_norm", "lr_power", "snr_gamma"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise InputError(f"--{name}", f"{value} is not a positive number", "give one, such as 1e-4")
+        for name in ("lr_warmup_steps", "prior_loss_weight", "adam_weight_decay", "guidance_scale"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise InputError(f"--{name}", f"{value} is negative or not finite", "give 0 or more")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"--{name}", f"{getattr(self, name)} is not in [0, 1)", "0.9 and 0.999 are usual")
+        if self.with_prior_preservation and self.class_prompt is None:
+            raise InputError("--class_prompt", "is needed by --with_prior_preservation", 'give one, such as "a dog"')
+
+    def target_words(self) -> str | tuple[str, ...] | None:
+        """`targets` as `vislora.attach` takes it: one word may be a preset or a pattern."""
+        return None if not self.targets else self.targets[0] if len(self.targets) == 1 else self.targets
+
+    def class_images(self) -> bool:
+        """Whether batches hold class images."""
+        return self.with_prior_preservation and self.prior_source == "images"

@@ -1,0 +1,92 @@
+"""Images of the validation prompts before, during and after training, and the sheets that show them side by side."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from vislora.data.images import read
+from vislora.diffusion.options import DreamBoothOptions
+from vislora.diffusion.sample import comparison_grid, labelled_grid, render
+from vislora.errors import InputError
+from vislora.training.random import generator
+
+_STAGE = re.compile(r"step-(\d{6})")
+GRID = "grid.png"
+
+
+def prompts_of(words: Sequence[str]) -> list[str]:
+    """The prompts that --validation_prompt gives: as they are, or the lines of one .txt file.
+
+    Raises InputError for a file that is missing, not UTF-8 or empty.
+    """
+    if len(words) != 1 or not words[0].endswith(".txt"):
+        return list(words)
+    try:
+        lines = Path(words[0]).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--validation_prompt {words[0]}", f"cannot be read ({error})", "name a UTF-8 file") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"--validation_prompt {words[0]}", "holds no prompt", "write one a line")
+    return prompts
+
+
+class Validation:
+    """Draws `prompts`, each with the same seeds at every stage, into `folder`/step-<step>/ and sheets beside it."""
+
+    def __init__(self, options: DreamBoothOptions, prompts: Sequence[str], photos: Sequence[Path], folder: Path):
+        self.options, self.prompts, self.folder = options, list(prompts), folder
+        self.photos = [read(path) for path in photos[:8]] if self.prompts else []
+        self.seeds = [
+            generator(options.seed, "validation", i).initial_seed() for i in range(options.num_validation_images)
+        ]
+
+    def draw(self, pipeline, step: int) -> Image.Image | None:
+        """Draw the stage after `step` optimizer steps; returns its sheet, None without prompts."""
+        if not self.prompts:
+            return None
+        o, flat = self.options, [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+        images = render(
+            pipeline, [p for p, _ in flat], [s for _, s in flat], o.validation_inference_steps, o.guidance_scale,
+            o.sample_batch_size, o.resolution, o.resolution, f"samples at step {step}",
+        )  # fmt: skip
+        count = len(self.seeds)
+        stage = [images[i * count : (i + 1) * count] for i in range(len(self.prompts))]
+        place = self.folder / f"step-{step:06d}"
+        place.mkdir(parents=True, exist_ok=True)
+        for i, row in enumerate(stage):
+            for k, image in enumerate(row):
+                image.save(place / f"{i:02d}-{k:02d}.png")
+        sheet = labelled_grid(stage, self.prompts, [f"seed {k + 1}" for k in range(count)], f"after {step} steps")
+        sheet.save(self.folder / f"step-{step:06d}.png")
+        return sheet
+
+    def compare(self, last: int) -> Path | None:
+        """Write grid.png: the photos, then each prompt before, half-way and after step `last`. None without prompts."""
+        steps = sorted(s for s in self._stages() if s <= last)
+        if not self.prompts or not steps:
+            return None
+        middle = steps[len(steps) // 2]
+        columns = min(len(self.seeds), 2)
+        stages = {}
+        for step in sorted({steps[0], middle, steps[-1]}):
+            name = "before" if step == 0 else "after" if step == last else f"step {step}"
+            stages[name] = [row[:columns] for row in self._read(step)]
+        path = self.folder / GRID
+        comparison_grid(self.photos, self.prompts, stages).save(path)
+        return path
+
+    def _stages(self) -> list[int]:
+        names = (_STAGE.fullmatch(p.name) for p in self.folder.iterdir()) if self.folder.is_dir() else ()
+        return [int(match[1]) for match in names if match]
+
+    def _read(self, step: int) -> list[list[Image.Image]]:
+        place = self.folder / f"step-{step:06d}"
+        return [
+            [Image.open(place / f"{i:02d}-{k:02d}.png").convert("RGB") for k in range(len(self.seeds))]
+            for i in range(len(self.prompts))
+        ]

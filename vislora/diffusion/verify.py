@@ -1,0 +1,88 @@
+"""Does an exported file do in stock diffusers what the adapter does here? Asked at the end of every run."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vislora.adapter import Adapter
+from vislora.errors import EnvironmentFault
+from vislora.export import LORA_FILE
+
+_NAME = "vislora_check"
+log = logging.getLogger("vislora")
+
+
+@torch.no_grad()
+def exported_error(pipeline, adapter: Adapter, folder: Path, tolerance: float = 1e-3) -> float:
+    """Load folder/pytorch_lora_weights.safetensors by `pipeline.load_lora_weights`, compare, and unload it again.
+
+    The pipeline is the one that `adapter` (on its UNet, perhaps its text encoder) is attached to. Returns the largest
+    relative difference, over all modules, between the delta that diffusers applies and the adapter's at strength 1.
+    EnvironmentFault if it exceeds `tolerance`, or if diffusers skipped a module.
+    """
+    weight, adapter.weight = adapter.weight, 1.0
+    try:
+        ours = adapter.deltas()
+    finally:
+        adapter.weight = weight
+    with adapter.disabled(), _quiet_loaders():
+        pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=_NAME)
+        try:
+            theirs = _loaded_deltas(pipeline, adapter)
+        finally:
+            pipeline.unload_lora_weights()
+    missing = sorted(ours.keys() - theirs.keys())
+    file = str(folder / LORA_FILE)
+    if missing:
+        wrong = f"diffusers did not load {len(missing)} of {len(ours)} modules: {missing[0]}"
+        raise EnvironmentFault(file, wrong, "report it; the adapter/ folder is whole")
+    worst = max(_difference(ours[name], theirs[name]) for name in ours)
+    if not worst <= tolerance:
+        wrong = f"diffusers applies a delta {worst:.1e} off"
+        raise EnvironmentFault(file, wrong, "report it; the adapter/ folder is whole")
+    return worst
+
+
+def _loaded_deltas(pipeline, adapter: Adapter) -> dict[str, Tensor]:
+    """{module name as in `Adapter.deltas`: the delta that PEFT's layer applies}, float32."""
+    found = {}
+    for component, root in adapter.roots.items():
+        where = root if component in ("", "unet") else getattr(pipeline, component)
+        for name, module in where.named_modules():
+            if _NAME not in getattr(module, "lora_A", {}):
+                continue
+            found[f"{component}.{name}" if component else name] = _layer_delta(module)
+    return found
+
+
+def _layer_delta(layer: nn.Module) -> Tensor:
+    """W_adapted - W of a PEFT LoRA or DoRA layer from the tensors it loaded, float32."""
+    up, down = layer.lora_B[_NAME].weight.float(), layer.lora_A[_NAME].weight.float()
+    delta = float(layer.scaling[_NAME]) * (up @ down)
+    if _NAME not in layer.lora_magnitude_vector:
+        return delta
+    weight = layer.get_base_layer().weight.float()
+    moved = weight + delta
+    return layer.lora_magnitude_vector[_NAME].weight.float()[:, None] * moved / moved.norm(dim=1, keepdim=True) - weight
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    size = a.norm().item()
+    return (a - b).norm().item() / size if size > 1e-12 else (a - b).norm().item()
+
+
+@contextmanager
+def _quiet_loaders():
+    """diffusers logs a warning for every component that a file says nothing of, which a UNet's file always does."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

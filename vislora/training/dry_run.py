@@ -1,0 +1,23 @@
+"""What --dry_run prints: the run as it would be, without a step of it."""
+
+from __future__ import annotations
+
+from vislora.adapter import Adapter
+
+
+def describe(adapter: Adapter, data: str) -> str:
+    """The adapted layers, the parameters that would train, and the memory that is certain. `data`: a line on the data.
+
+    16 bytes a trained parameter: float32 value, gradient and AdamW's two moments. Activations are not estimated.
+    """
+    trained = sum(p.numel() for p in adapter.parameters())
+    held = sum(p.numel() * p.element_size() for root in adapter.roots.values() for p in root.parameters())
+    lines = [
+        adapter.summary(),
+        data,
+        f"{adapter.method_name} {adapter.method.options()}: {len(adapter.sites)} layers, {trained:,} parameters",
+        f"memory: {(held - 4 * trained) / 2**20:.1f} MiB of frozen models that are adapted, {16 * trained / 2**20:.1f} "
+        "MiB of adapter, gradients and AdamW moments; activations come on top",
+        "dry run: nothing was trained or written",
+    ]
+    return "\n".join(lines)
