@@ -19,6 +19,7 @@ import resource
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -60,15 +61,15 @@ def main(argv: list[str]) -> None:
     diffusion = models.load(
         options.pretrained_model_name_or_path, options.revision, options.variant, dtype, accelerator.device
     )
+    adapter = attach(options, method, diffusion)
     if options.dry_run:
-        data = f"{len(photos)} photos, first caption: {photos.captions[0]!r}"
-        print(describe(attach(options, method, diffusion), data))
+        print(describe(adapter, f"{len(photos)} photos, first caption: {photos.captions[0]!r}"))
         return
     main_process = accelerator.is_main_process
     folder = RunFolder.create(options.output_dir, options.resume_from_checkpoint) if main_process else None
     (path,) = broadcast_object_list([str(folder.path) if folder else None])
     with folder or RunFolder(Path(path)) as folder:
-        Run(options, method, accelerator, diffusion, photos, prompts, folder).go()
+        Run(options, adapter, accelerator, diffusion, photos, prompts, folder).go()
 
 
 def parse(argv: list[str]) -> tuple[DreamBoothOptions, vislora.Method]:
@@ -99,17 +100,18 @@ def attach(options: DreamBoothOptions, method: vislora.Method, diffusion: models
 class Run:
     """One training run, from the frozen model to the exported adapter."""
 
-    def __init__(self, options, method, accelerator, diffusion, photos, prompts, folder):
-        self.options, self.accelerator, self.models, self.folder = options, accelerator, diffusion, folder
+    def __init__(self, options, adapter, accelerator, diffusion, photos, prompts, folder):
+        self.options, self.adapter, self.folder = options, adapter, folder
+        self.accelerator, self.models = accelerator, diffusion
         self.main, self.photos, self.classes = accelerator.is_main_process, photos, None
         photos.use(diffusion, self.main)
-        if options.class_images():  # made by the model as it is: before the adapter
-            with accelerator.main_process_first():
-                self.classes = class_set(options, diffusion, folder.path, self.main)
-            self.classes.use(diffusion, self.main)
         texts = [*photos.captions, *([options.class_prompt] if options.with_prior_preservation else [])]
-        self.embeddings = conditioning.EmbeddingCache(diffusion, texts)  # of the base text encoder
-        self.adapter = attach(options, method, diffusion)
+        with adapter.disabled():  # class images and cached embeddings are the base model's
+            self.embeddings = conditioning.EmbeddingCache(diffusion, texts)
+            if options.class_images():
+                with accelerator.main_process_first():
+                    self.classes = class_set(options, diffusion, folder.path, self.main)
+                self.classes.use(diffusion, self.main)
         self.sampler = diffusion.pipeline()
         self.validation = validation.Validation(options, prompts, [p.path for p in photos.photos], folder.samples)
 
@@ -137,7 +139,8 @@ class Run:
         """Train, from the start or a checkpoint, and leave the run's results in its folder."""
         o, start = self.options, 0 if self.options.resume_from_checkpoint is None else self.resume()
         if self.main:
-            self.folder.write_config(config.to_dict(o, self.adapter.method))
+            again = replace(o, output_dir=None, resume_from_checkpoint=None)
+            self.folder.write_config(config.to_dict(again, self.adapter.method))
         if start == 0:
             if self.main:
                 self.validation.draw(self.sampler, 0)
@@ -162,6 +165,7 @@ class Run:
         for step in range(start, self.total):
             parts = self.backward(step)
             parts["grad_norm"] = self.accelerator.clip_grad_norm_(self.adapter.parameters(), o.max_grad_norm)
+            rate = self.scheduler.get_last_lr()[0]  # of this step
             self.optimizer.step()
             self.optimizer.zero_grad()
             if not self.accelerator.optimizer_step_was_skipped:
@@ -171,8 +175,7 @@ class Run:
             bar.update()
             if self.main and (done % o.logging_steps == 0 or done == self.total):
                 values = {name: float(value) / (done - logged) for name, value in sums.items()}
-                values |= {"lr": self.scheduler.get_last_lr()[0]}
-                values["seconds_per_step"] = (time.perf_counter() - since) / (done - logged)
+                values |= {"lr": rate, "seconds_per_step": (time.perf_counter() - since) / (done - logged)}
                 by_site, largest = telemetry.layers(self.adapter)
                 log.write(done, values | largest, by_site)
                 share = {"bound": f"{largest['largest_share']:.0%}"} if "largest_share" in largest else {}

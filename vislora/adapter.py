@@ -16,7 +16,16 @@ from .adapters import Method
 from .errors import InputError
 from .part import Part
 from .site import Site
-from .tap import RootHook, Tap, install, require_float_weights, require_untied, tap_of, uninstall
+from .tap import (
+    RootHook,
+    Tap,
+    install,
+    part_holder,
+    require_float_weights,
+    require_untied,
+    tap_of,
+    uninstall,
+)
 from .update import Update
 
 log = logging.getLogger("vislora")
@@ -163,6 +172,18 @@ class Adapter:
         finally:
             for part in self.parts.values():
                 part.disabled -= 1
+
+    @contextlib.contextmanager
+    def hidden(self):
+        """Inside, the adapter is no child of the model: loaders that walk the model see the base alone."""
+        holders = [(part_holder(self.roots[c], part.sites[0].module), part) for c, part in self.parts.items()]
+        for holder, part in holders:
+            delattr(holder, f"vislora_{part.adapter_name}")
+        try:
+            yield
+        finally:
+            for holder, part in holders:
+                holder.add_module(f"vislora_{part.adapter_name}", part)
 
     def merge(self) -> None:
         """Fold the delta into the weights; `unmerge` puts the untouched originals back."""

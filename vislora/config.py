@@ -74,11 +74,12 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 
 def parse(schema: type[T], argv: Sequence[str], *, prog: str, description: str = "",
           methods: Mapping[str, type] | None = None, others: Sequence[str] = (),
-          selector: str = "adapter") -> tuple[T, Any]:
+          selector: str = "adapter", base: Mapping[str, Any] | None = None) -> tuple[T, Any]:
     """(instance of `schema`, instance of the chosen method's class or None) from flags and --config FILE.yaml.
 
     `methods` maps what the field `selector` may say to dataclasses, `others` lists the words without options of their
-    own ("full", "none"). Flags win over the file. InputError for anything unknown, missing or of the wrong type;
+    own ("full", "none"). Flags win over the file, and the file
+    over `base` (settings as `read_yaml` gives them). InputError for anything unknown, missing or of the wrong type;
     `check()` of the chosen method runs where it has one. --help prints and raises SystemExit(0).
     """
     script, of_method = options(schema), {n: options(c, METHOD_ALIASES) for n, c in (methods or {}).items()}
@@ -88,7 +89,7 @@ def parse(schema: type[T], argv: Sequence[str], *, prog: str, description: str =
         print(help_text(script, of_method, prog, description))
         raise SystemExit(0)
     file = _config_file(flags)
-    settings = read_yaml(file) if file else {}
+    settings = {**(base or {}), **(read_yaml(file) if file else {})}
 
     chosen = None
     if of_method:

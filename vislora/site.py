@@ -61,10 +61,9 @@ PRESETS: dict[str, re.Pattern[str] | None] = {
 }
 _ATTENTION = (
     PRESETS["unet-attention"],
-    PRESETS["text-encoder-attention"],
+    _pattern(r"self_attn\.(q|k|v|o|out)_proj"),
     _pattern(r"qkv\[[qkv]\]", r"attn\.proj"),
     _pattern(r"attention\.(query|key|value)", r"attention\.output\.dense", r"attention\.(q|k|v|o)_proj"),
-    _pattern(r"self_attn\.(q|k|v|o)_proj"),
 )
 
 

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
@@ -125,6 +127,8 @@ def load(
         folder = _download(path, revision, variant)
     family = check_folder(folder, variant)
 
+    diffusers.utils.logging.disable_progress_bar()  # bars of loading would bury the run's own
+    transformers.utils.logging.disable_progress_bar()
     precision = {"default": dtype, "vae": torch.float32 if dtype == torch.float16 else dtype}
     try:
         pipe = family.pipeline.from_pretrained(

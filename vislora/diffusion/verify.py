@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from vislora.adapter import Adapter
 from vislora.errors import EnvironmentFault
 from vislora.export import LORA_FILE
+from vislora.site import Site
+from vislora.update import Update
 
 _NAME = "vislora_check"
 log = logging.getLogger("vislora")
@@ -22,15 +24,12 @@ def exported_error(pipeline, adapter: Adapter, folder: Path, tolerance: float = 
     """Load folder/pytorch_lora_weights.safetensors by `pipeline.load_lora_weights`, compare, and unload it again.
 
     The pipeline is the one that `adapter` (on its UNet, perhaps its text encoder) is attached to. Returns the largest
-    relative difference, over all modules, between the delta that diffusers applies and the adapter's at strength 1.
+    relative difference, over all modules, between the delta that diffusers applies and the adapter's at strength 1,
+    both from factors in the model's precision, which is what diffusers casts a file to.
     EnvironmentFault if it exceeds `tolerance`, or if diffusers skipped a module.
     """
-    weight, adapter.weight = adapter.weight, 1.0
-    try:
-        ours = adapter.deltas()
-    finally:
-        adapter.weight = weight
-    with adapter.disabled(), _quiet_loaders():
+    ours = {name: _rounded(update, site).dense(site.weight()) for name, site, _, update in adapter.site_updates()}
+    with adapter.disabled(), adapter.hidden(), _quiet_loaders():
         pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=_NAME)
         try:
             theirs = _loaded_deltas(pipeline, adapter)
@@ -58,6 +57,14 @@ def _loaded_deltas(pipeline, adapter: Adapter) -> dict[str, Tensor]:
                 continue
             found[f"{component}.{name}" if component else name] = _layer_delta(module)
     return found
+
+
+def _rounded(update: Update, site: Site) -> Update:
+    """The update of the exported factors as they are after a cast to the weight's precision, in float32."""
+    dtype = site.module.weight.dtype
+    up, down = (factor.to(dtype).float() for factor in update.factors())
+    magnitude = None if update.magnitude is None else update.magnitude.to(dtype).float()
+    return Update(up, down, magnitude=magnitude).with_row_scale(site.weight())
 
 
 def _layer_delta(layer: nn.Module) -> Tensor:

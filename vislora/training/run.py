@@ -57,10 +57,7 @@ class RunFolder:
         EnvironmentFault when a living process runs there or it cannot be made. A refusal writes nothing.
         """
         if output_dir is None:
-            if resume == "latest":
-                raise InputError("--resume_from_checkpoint latest", "no run is named", "add its --output_dir")
-            if resume is not None:
-                checkpoint.locate(Path(root), resume)
+            cls.check(output_dir, resume, root)
             return cls(_fresh(Path(root)))._lock()
         folder = cls(Path(output_dir))
         folder._check(resume)
@@ -75,6 +72,16 @@ class RunFolder:
             folder.close()
             raise
         return folder
+
+    @classmethod
+    def check(cls, output_dir: str | None, resume: str | None, root: str | Path = "runs") -> None:
+        """Raise what `create` would raise for these arguments, as far as it can be known without writing."""
+        if output_dir is not None:
+            cls(Path(output_dir))._check(resume)
+        elif resume == "latest":
+            raise InputError("--resume_from_checkpoint latest", "no run is named", "add its --output_dir")
+        elif resume is not None:
+            checkpoint.locate(Path(root), resume)
 
     def _check(self, resume: str | None) -> None:
         """InputError unless this folder may be written to by a run that starts, or resumes as `resume` says."""

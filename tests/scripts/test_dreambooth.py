@@ -1,0 +1,299 @@
+"""The DreamBooth script, whole, on a random Stable Diffusion of 32 pixels."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, PartialState
+from PIL import Image
+from tiny_sd import tiny_sd
+
+import vislora
+from vislora.errors import run_script
+from vislora.io import LORA_FILE, read
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "train_scripts" / "dreambooth.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("dreambooth", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_sd(tmp_path_factory.mktemp("sd"))
+
+
+def photograph(folder: Path, count: int = 3, seed: int = 0) -> Path:
+    folder.mkdir()
+    noise = np.random.default_rng(seed)
+    for i in range(count):
+        Image.fromarray(noise.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    photograph(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(script, model, place):
+    """Run the script in this process. Flags given here stand beside a model, photos and three steps."""
+
+    def call(*flags: str) -> None:
+        AcceleratorState._reset_state()
+        PartialState._reset_state()
+        state = torch.random.get_rng_state()
+        usual = {
+            "--pretrained_model_name_or_path": str(model), "--instance_data_dir": "photos", "--instance_prompt": "a b",
+            "--max_train_steps": "3", "--train_batch_size": "2", "--logging_steps": "1", "--rank": "2",
+            "--report_to": "none",
+        }  # fmt: skip
+        given = {flag for flag in flags if flag.startswith("--")}
+        argv = [word for flag, value in usual.items() if flag not in given for word in (flag, value)]
+        try:
+            run_script(script.main, [*argv, *flags])
+        finally:
+            torch.random.set_rng_state(state)
+
+    return call
+
+
+def refused(run, capsys, *flags: str) -> str:
+    """The one line that the script ends with, exit status 2 and no run folder."""
+    before = {p.name for p in Path("runs").iterdir()} if Path("runs").exists() else set()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(*flags)
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vislora: error:")]
+    assert len(lines) == 1 and "->" in lines[0]
+    assert before == ({p.name for p in Path("runs").iterdir()} if Path("runs").exists() else set())
+    return lines[0]
+
+
+def lines(folder: str) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def state(folder: str, step: int) -> dict[str, torch.Tensor]:
+    place = Path(folder) / "checkpoints" / f"checkpoint-{step}"
+    return {f"{f}.{k}": v for f in ("adapter", "optimizer") for k, v in read(place / f"{f}.safetensors")[0].items()}
+
+
+def test_a_run_leaves_everything_and_can_be_run_again(run, place, model):
+    flags = ("--adapter", "nb_lora", "--p", "1", "--delta", "6", "--validation_prompt", "a b", "c d",
+             "--num_validation_images", "2", "--validation_steps", "2", "--validation_inference_steps", "2",
+             "--report_to", "tensorboard", "--learning_rate", "0.01")  # fmt: skip
+    run(*flags)
+    run("--config", "runs/0001/config.yaml", "--adapter", "nb_lora")
+    one, two = Path("runs/0001"), Path("runs/0002")
+    for name in ("config.yaml", "adapter/adapter.safetensors", LORA_FILE, "samples/grid.png", "samples/step-000000.png",
+                 "samples/step-000002.png", "samples/step-000003.png", "metrics.json", "metrics.jsonl",
+                 "README.md"):  # fmt: skip
+        assert (one / name).is_file(), name
+    assert any((one / "logs").iterdir())
+    first, second = (read(run / "adapter" / "adapter.safetensors")[0] for run in (one, two))
+    assert all(torch.equal(t, second[k]) for k, t in first.items())
+    assert yaml.safe_load((one / "config.yaml").read_text())["adapter_options"]["delta"] == 6.0
+
+    logged = lines("runs/0001")
+    assert [entry["step"] for entry in logged] == [1, 2, 3]
+    assert all(np.isfinite(entry["loss"]) and entry["lr"] == 0.01 for entry in logged)
+    layers = logged[-1]["layers"]
+    assert len(layers) == 32 and all(0 < x["share"] <= 1 and x["norm"] > 0 and x["ratio"] > 0 for x in layers.values())
+    assert logged[-1]["largest_share"] == max(x["share"] for x in layers.values())
+    metrics = json.loads((one / "metrics.json").read_text())
+    assert metrics["diffusers_export_error"] < 1e-3 and metrics["largest_share"] <= 1
+    card = (one / "README.md").read_text()
+    assert "samples/grid.png" in card and "delta = 6" in card and "load_lora_weights" in card
+
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None, feature_extractor=None)
+    adapter = vislora.load(pipe, one)
+    assert len(adapter.sites) == 32 and adapter.method.delta == 6.0
+
+
+EVERYTHING = ("--adapter", "lora", "--dropout", "0.3", "--gradient_accumulation_steps", "2", "--random_flip",
+              "--with_prior_preservation", "--class_prompt", "b", "--num_class_images", "3",
+              "--class_data_dir", "class",
+              "--validation_inference_steps", "2", "--train_text_encoder", "--lr_scheduler", "cosine",
+              "--lr_warmup_steps", "2", "--snr_gamma", "5", "--learning_rate", "0.01", "--text_encoder_lr", "0.01",
+              "--checkpointing_steps", "1")  # fmt: skip
+
+
+def test_resuming_at_any_step_is_exact(run, place):
+    run(*EVERYTHING, "--max_train_steps", "4", "--output_dir", "whole")
+    run(*EVERYTHING, "--max_train_steps", "4", "--output_dir", "parts", "--logging_steps", "1")
+    # cut back to step 1, then go on twice
+    for step in (2, 3, 4):
+        for file in (place / "parts/checkpoints" / f"checkpoint-{step}").iterdir():
+            file.unlink()
+        (place / "parts/checkpoints" / f"checkpoint-{step}").rmdir()
+    run(*EVERYTHING, "--max_train_steps", "4", "--output_dir", "parts", "--resume_from_checkpoint", "latest")
+    whole, parts = state("whole", 4), state("parts", 4)
+    assert whole.keys() == parts.keys() and all(torch.equal(t, parts[k]) for k, t in whole.items())
+    assert any("text_encoder" in k for k in whole)
+    keep = ("step", "loss", "loss_prior", "lr", "layers")
+    assert [{k: e[k] for k in keep} for e in lines("whole")] == [{k: e[k] for k in keep} for e in lines("parts")]
+    assert [e["lr"] for e in lines("whole")] == [0.0, 0.005, 0.01, 0.005]  # of the step itself
+    run(*EVERYTHING, "--max_train_steps", "4", "--output_dir", "parts", "--resume_from_checkpoint", "checkpoint-3")
+    assert all(torch.equal(t, whole[k]) for k, t in state("parts", 4).items())
+
+
+def test_a_signal_ends_the_run_with_a_checkpoint(run, script, place, monkeypatch):
+    run("--output_dir", "whole", "--checkpointing_steps", "3")
+    original = script.Run.backward
+
+    def kill(self, step):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Run, "backward", kill)
+        with pytest.raises(SystemExit) as stop:
+            run("--output_dir", "cut", "--checkpointing_steps", "3")
+    assert stop.value.code == 143 and not (place / "cut/adapter").exists()
+    run("--output_dir", "cut", "--checkpointing_steps", "3", "--resume_from_checkpoint", "latest")
+    assert all(torch.equal(t, state("cut", 3)[k]) for k, t in state("whole", 3).items())
+
+
+def test_cached_and_fresh_latents_train_alike(run):
+    run("--output_dir", "cached")
+    run("--output_dir", "fresh", "--no_cache_latents")
+    for a, b in zip(lines("cached"), lines("fresh"), strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-5 * a["loss"]
+
+
+def test_gradient_checkpointing_and_accumulation_change_nothing_but_memory(run):
+    run("--output_dir", "plain", "--train_batch_size", "4")
+    run("--output_dir", "split", "--gradient_accumulation_steps", "2", "--gradient_checkpointing")
+    for a, b in zip(lines("plain"), lines("split"), strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-4 * a["loss"]
+
+
+@pytest.mark.parametrize("encoder", [(), ("--train_text_encoder",)], ids=["unet", "text_encoder"])
+def test_base_output_preservation_starts_at_no_loss(run, encoder):
+    flags = ("--with_prior_preservation", "--class_prompt", "b", "--prior_source", "base_output", *encoder)
+    run(*flags, "--learning_rate", "0.05", "--text_encoder_lr", "0.05", "--output_dir", "out", "--adapter", "lora")
+    prior = [entry["loss_prior"] for entry in lines("out")]
+    assert prior[0] < 1e-9 < prior[1]
+    assert not list(Path("out").glob("class*"))
+
+
+def test_class_images_are_made_up_to_the_number(run, place):
+    photograph(place / "class", 1)
+    run("--with_prior_preservation", "--class_prompt", "b", "--num_class_images", "3", "--class_data_dir", "class",
+        "--validation_inference_steps", "2")  # fmt: skip
+    assert len(list((place / "class").iterdir())) == 3 and (place / "class/0.png").is_file()
+
+
+@pytest.mark.parametrize("method", vislora.methods())
+def test_every_method_in_bf16(run, method):
+    run("--adapter", method, "--mixed_precision", "bf16", "--output_dir", "out", "--learning_rate", "0.01")
+    assert all(np.isfinite(entry["loss"]) for entry in lines("out"))
+    tensors = read(Path("out/adapter/adapter.safetensors"))[0].values()
+    assert all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors)
+
+
+def test_captions_are_used(run, place, script, monkeypatch):
+    for i in range(3):
+        (place / "photos" / f"{i}.txt").write_text(f"c {i}\n")
+    seen = set()
+    original = script.Run.embed
+    monkeypatch.setattr(script.Run, "embed", lambda self, prompts: seen.update(prompts) or original(self, prompts))
+    run("--train_batch_size", "3")
+    assert seen == {"c 0", "c 1", "c 2"}
+
+
+def test_dry_run_writes_nothing(run, place, capsys):
+    run("--dry_run", "--adapter", "nb_lora", "--delta", "2")
+    said = capsys.readouterr().out
+    assert "mid_block.attentions.0.transformer_blocks.0.attn2.to_v" in said and "32 layers" in said
+    assert "3 photos" in said and {p.name for p in place.iterdir()} == {"photos"}
+
+
+def test_bad_input_gets_one_line_and_writes_nothing(run, place, capsys, model):
+    (place / "empty").mkdir()
+    (place / "texts").mkdir()
+    (place / "texts/a.txt").write_text("no photo")
+    photograph(place / "cut")
+    whole = (place / "cut/1.png").read_bytes()
+    (place / "cut/1.png").write_bytes(whole[: len(whole) // 2])
+    photograph(place / "fake")
+    (place / "fake/x.jpg").write_text("no image")
+    run("--output_dir", "taken")
+    for flags, words in (
+        (("--instance_data_dir", "gone"), ("gone",)),
+        (("--instance_data_dir", "empty"), ("empty",)),
+        (("--instance_data_dir", "texts"), ("texts", "photo")),
+        (("--instance_data_dir", "cut"), ("1.png",)),
+        (("--instance_data_dir", "fake"), ("x.jpg",)),
+        (("--adapter", "nb_lora", "--alpha", "4"), ("--alpha", "nb_lora", "--delta")),
+        (("--adapter", "lora", "--delta", "4"), ("--delta", "lora", "--alpha")),
+        (("--adapter", "nb_lorra"), ("nb_lorra", "nb_lora")),
+        (("--learningrate", "1"), ("--learning_rate",)),
+        (("--rank", "5000"), ("5000",)),
+        (("--adapter", "nb_lora", "--p", "0.5"), ("p", "0.5")),
+        (("--adapter", "nb_lora", "--delta", "0"), ("delta", "0.0")),
+        (("--adapter", "nb_lora", "--delta", "-1"), ("delta", "-1")),
+        (("--targets", "to_qq"), ("to_qq", "to_q")),
+        (("--output_dir", "taken"), ("taken", "another run")),
+        (("--output_dir", "taken", "--resume_from_checkpoint", "checkpoint-9"), ("checkpoint-9",)),
+        (("--resume_from_checkpoint", "latest"), ("output_dir",)),
+        (("--learning_rate", "nan"), ("learning_rate", "nan")),
+        (("--train_batch_size", "0"), ("train_batch_size", "0")),
+        (("--with_prior_preservation",), ("--class_prompt",)),
+        (("--mixed_precision", "fp16"), ("fp16", "bf16")),
+        (("--pretrained_model_name_or_path", "nowhere/at/all"), ("nowhere",)),
+        (("--adapter", "dora", "--train_text_encoder"), ("dora", "text_encoder")),
+        (("--config", "gone.yaml"), ("gone.yaml",)),
+        (("--validation_prompt", "gone.txt"), ("gone.txt",)),
+    ):
+        line = refused(run, capsys, *flags)
+        assert all(word in line for word in words), line
+
+
+def test_resuming_with_changed_settings_lists_them(run, capsys):
+    run("--output_dir", "out", "--checkpointing_steps", "1")
+    resume = ("--output_dir", "out", "--resume_from_checkpoint", "latest")
+    line = refused(run, capsys, *resume, "--rank", "4", "--seed", "7")
+    assert "rank" in line and "seed was 0, is 7" in line
+    photo = next(Path("photos").iterdir())
+    Image.new("RGB", (48, 40)).save(photo)
+    assert "other photos" in refused(run, capsys, *resume)
+
+
+def test_help_lists_every_option_once(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and said.count("--learning_rate\n") == 1 and "--adapter nb_lora:" in said
+
+
+def test_scripts_are_short_and_name_no_method():
+    for file in (REPOSITORY / "train_scripts").glob("*.py"):
+        text = file.read_text()
+        assert len(text.splitlines()) <= 300, file.name
+        code = text.split('"""', 2)[2]
+        for method in vislora.methods():
+            assert not re.search(rf"\b{method}\b", code), f"{file.name} names {method}"

@@ -1,0 +1,86 @@
+"""Targets: presets, suffixes, patterns, slices, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+from hosts import OldViT, hf_vit, llama, text_encoder, timm_vit, unet
+from torch import nn
+
+from vislora import attach
+from vislora.errors import InputError
+from vislora.site import find
+
+
+def names(model, targets):
+    return [site.name for site in find(model, targets)]
+
+
+def test_presets_by_host():
+    u = names(unet(), "unet-attention")
+    assert len(u) == 32 and {n.split("attn", 1)[1][2:] for n in u} == {"to_q", "to_k", "to_v", "to_out.0"}
+    assert u == names(unet(), None) == names(unet(), "attention")
+    t = names(text_encoder(), None)
+    assert len(t) == 8 and all("self_attn" in n for n in t)
+    assert names(timm_vit(), None) == [f"blocks.{i}.attn.qkv[{s}]" for i in (0, 1) for s in "qv"]
+    assert names(hf_vit(), None) == [f"layers.{i}.attention.{s}_proj" for i in (0, 1) for s in "qv"]
+    old = [f"vit.encoder.layer.{i}.attention.attention.{s}" for i in (0, 1) for s in ("query", "value")]
+    assert names(OldViT(), None) == old
+    every = names(llama(), "all-linear")
+    assert "lm_head" in every and names(llama(), None) == [n for n in every if n != "lm_head"]
+    assert len(names(llama(), "attention")) == 8
+    assert len(names(timm_vit(), "attention")) == 8 and "blocks.0.attn.proj" in names(timm_vit(), "attention")
+
+
+def test_suffixes_slices_and_patterns():
+    vit = timm_vit()
+    both = [f"blocks.{i}.{name}" for i in (0, 1) for name in ("attn.qkv[k]", "mlp.fc1")]
+    assert names(vit, ["qkv[k]", "fc1"]) == both
+    assert names(vit, ["attn.qkv"]) == ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]
+    assert names(vit, r"blocks\.1\..*fc\d") == ["blocks.1.mlp.fc1", "blocks.1.mlp.fc2"]
+    assert names(vit, "fc2") == ["blocks.0.mlp.fc2", "blocks.1.mlp.fc2"]
+    assert names(vit, r".*qkv.*") == ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]
+    shapes = {(s.m, s.n) for s in find(vit, "vit-qv")}
+    assert shapes == {(16, 16)}
+    q, v = find(vit, "vit-qv")[:2]
+    assert (q.rows, v.rows) == (slice(0, 16), slice(32, 48))
+
+
+@pytest.mark.parametrize(
+    "targets, words",
+    [
+        ("to_qq", ("to_qq", "to_q")),
+        (["to_q", "to_w"], ("to_w",)),
+        (["unet-attention", "to_q"], ("unet-attention", "alone")),
+        ("unet-atention", ("unet-attention",)),
+        (["conv_in"], ("conv_in", "Conv2d")),
+        ("to_(", ("to_(", "regular expression")),
+        ([], ("matches no layer",)),
+    ],
+)
+def test_refused(targets, words):
+    with pytest.raises(InputError) as error:
+        find(unet(), targets)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_whole_and_slice_of_one_matrix_are_refused():
+    with pytest.raises(InputError, match="whole and by a slice"):
+        find(timm_vit(), ["qkv", "qkv[q]"])
+
+
+def test_projection_inside_multihead_attention_is_not_offered():
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    assert names(model, "all-linear") == ["linear1", "linear2"]
+
+
+def test_components_and_their_own_targets():
+    parts = {"unet": unet(), "text_encoder": text_encoder()}
+    adapter = attach(parts, "lora", rank=2)
+    assert {n.split(".")[0] for n in adapter.sites} == {"unet", "text_encoder"}
+    adapter.detach()
+    adapter = attach(parts, "lora", rank=2, targets={"unet": ["attn2.to_q"]})
+    assert len(adapter.sites) == 4 and all(n.endswith("attn2.to_q") for n in adapter.sites)
+    with pytest.raises(InputError, match="did you mean unet"):
+        attach(parts, "lora", targets={"unnet": None}, name="other")
+    with pytest.raises(InputError, match="give a module"):
+        attach(3, "lora")
