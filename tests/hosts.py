@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
-from vislora.testing import Host, _seeded, hosts
+from vislora.testing import Host, hosts, seeded
 
 
 def unet() -> nn.Module:
@@ -94,12 +94,12 @@ def run_unet(model: nn.Module, seed: int) -> torch.Tensor:
 
 def library_hosts() -> list[Host]:
     return [
-        Host("unet", _seeded(unet), None, run_unet),
-        Host("text_encoder", _seeded(text_encoder), None, lambda m, s: m(_tokens(s)).last_hidden_state),
-        Host("llama", _seeded(llama), None, lambda m, s: m(_tokens(s)).logits),
-        Host("timm_vit", _seeded(timm_vit), "vit-qv", lambda m, s: m(_noise(m, s, 2, 3, 16, 16))),
-        Host("hf_vit", _seeded(hf_vit), "vit-qv", lambda m, s: m(_noise(m, s, 2, 3, 16, 16)).last_hidden_state),
-        Host("old_hf_vit", _seeded(OldViT), "vit-qv", lambda m, s: m(_noise(m, s, 2, 6, 16))),
+        Host("unet", seeded(unet), None, run_unet),
+        Host("text_encoder", seeded(text_encoder), None, lambda m, s: m(_tokens(s)).last_hidden_state),
+        Host("llama", seeded(llama), None, lambda m, s: m(_tokens(s)).logits),
+        Host("timm_vit", seeded(timm_vit), "vit-qv", lambda m, s: m(_noise(m, s, 2, 3, 16, 16))),
+        Host("hf_vit", seeded(hf_vit), "vit-qv", lambda m, s: m(_noise(m, s, 2, 3, 16, 16)).last_hidden_state),
+        Host("old_hf_vit", seeded(OldViT), "vit-qv", lambda m, s: m(_noise(m, s, 2, 6, 16))),
     ]
 
 

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 import vislora
 from vislora import adapters, config, measure, world
+from vislora.data.captions import check_tokens
 from vislora.diffusion import conditioning, loss, models, validation
 from vislora.diffusion.card import run_card
 from vislora.diffusion.dataset import class_set, instance_set
@@ -106,6 +107,7 @@ class Run:
         self.main, self.photos, self.classes = accelerator.is_main_process, photos, None
         photos.use(diffusion, self.main)
         texts = [*photos.captions, *([options.class_prompt] if options.with_prior_preservation else [])]
+        check_tokens(diffusion.tokenizer, [*texts, *prompts], "prompt")
         with adapter.disabled():  # class images and cached embeddings are the base model's
             self.embeddings = conditioning.EmbeddingCache(diffusion, texts)
             if options.class_images():

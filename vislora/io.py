@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import tempfile
@@ -22,6 +23,7 @@ from .errors import EnvironmentFault, InputError, near
 from .measure import fingerprint
 from .site import Site, find_named
 
+log = logging.getLogger("vislora")
 FILE = "adapter.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _FORMAT = 1
@@ -94,6 +96,7 @@ def load(
 
         adapter = from_diffusers(model, file, tensors, header, name)
     adapter.weight = weight
+    log.info("%s: all of its %d layers are matched", file, len(adapter.sites))
     return adapter
 
 

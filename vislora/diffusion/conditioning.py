@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -12,13 +11,13 @@ from vislora.errors import InputError, near
 
 
 def tokenize(models: DiffusionModels, prompts: Sequence[str]) -> torch.Tensor:
-    """Token ids (n, tokens), int64 on the CPU, padded to the tokenizer's length. Warns of a prompt it cuts."""
-    tokenizer, texts = models.tokenizer, list(prompts)
+    """Token ids (n, tokens), int64 on the CPU, padded or cut to the tokenizer's length.
+
+    It runs at every step where the text encoder trains; `vislora.data.captions.check_tokens` warns, once, of a cut.
+    """
+    tokenizer = models.tokenizer
     length = tokenizer.model_max_length
-    padded = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    for text, ids in zip(texts, tokenizer(texts, verbose=False).input_ids, strict=True):
-        if len(ids) > length:
-            warnings.warn(f"a prompt of {len(ids)} tokens is cut at {length}: {text!r}", stacklevel=2)
+    padded = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return padded.input_ids
 
 

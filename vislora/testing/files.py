@@ -1,0 +1,104 @@
+"""Checks of files and copies, and of several adapters on one model."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+
+import torch
+from torch import Tensor
+
+from ..io import FILE, load, read, write
+from .subject import Subject, close, refused
+
+
+def saved_and_loaded_is_equal(s: Subject) -> None:
+    adapter = s.attach()
+    s.train(adapter)
+    out, tensors = s.run(), {n: t.clone() for n, t in adapter.named_tensors()}
+    with tempfile.TemporaryDirectory() as folder:
+        adapter.save(folder)
+        adapter.detach()
+        again = load(s.model, folder)
+    assert again.method == s.method and again.method_name == adapter.method_name
+    assert {n: True for n in tensors} == {n: torch.equal(t, tensors[n]) for n, t in again.named_tensors()}
+    assert torch.equal(out, s.run())
+
+
+def damaged_files_are_refused_without_a_trace(s: Subject) -> None:
+    adapter = s.attach()
+    with tempfile.TemporaryDirectory() as folder:
+        file = adapter.save(folder)
+        adapter.detach()
+        tensors, header = read(file)
+        name = next(iter(tensors))
+
+        def try_with(changed: dict[str, Tensor], *words: str) -> None:
+            write(changed, header, file)
+            refused(lambda: load(s.model, folder), *words)
+            assert not any("vislora" in key for key in s.model.state_dict())
+
+        try_with({n: t for n, t in tensors.items() if n != name}, "missing")
+        try_with({**tensors, "stranger": torch.zeros(2)}, "stranger", "no layer")
+        try_with({**tensors, name: tensors[name] * float("nan")}, name, "NaN")
+        try_with({**tensors, name: torch.zeros(*tensors[name].shape, 2)}, "needed")
+        write(tensors, header, file)
+        (file.parent / FILE).write_bytes(file.read_bytes()[:-5])
+        refused(lambda: load(s.model, folder), FILE, "safetensors")
+        write(tensors, header, file)
+        s.model.load_state_dict({k: 1.5 * v if v.is_floating_point() else v for k, v in s.model.state_dict().items()})
+        refused(lambda: load(s.model, folder), "another base")
+        load(s.model, folder, allow_other_base=True)
+
+
+def two_adapters_add(s: Subject) -> None:
+    first, second = s.attach("first", seed=1), s.attach("second", seed=2)
+    refused(lambda: s.attach("first"), "first", "taken")
+    s.train(first)
+    with second.disabled():
+        alone = s.run()
+    s.train(second)
+    both = s.run()
+    other = s.host.build(0).eval()
+    modules = dict(other.named_modules())
+    for name, delta in second.deltas().items():
+        modules[name].weight.data += delta + first.deltas()[name]
+    close(both, s.run(model=other), 2e-4)
+    with second.disabled():
+        assert torch.equal(alone, s.run()), "training one adapter moved the other"
+    before = dict(s.model.state_dict())
+    for inner, outer in ((first, second), (second, first)):
+        with inner.merged() as _, outer.merged():
+            close(both, s.run(), 2e-4)
+    assert torch.equal(both, s.run()) and all(torch.equal(v, before[k]) for k, v in s.model.state_dict().items())
+    left = {n: t.clone() for n, t in first.named_tensors()}
+    second.detach()
+    assert all(torch.equal(t, left[n]) for n, t in first.named_tensors())
+    assert not any(p.requires_grad for n, p in s.model.named_parameters() if "vislora_" not in n)
+
+
+def detach_leaves_no_trace(s: Subject) -> None:
+    before, keys = s.run(), list(s.model.state_dict())
+    flags = [p.requires_grad for p in s.model.parameters()]
+    adapter = s.attach()
+    s.train(adapter)
+    moved = s.run()
+    adapter.detach()
+    assert torch.equal(before, s.run()) and list(s.model.state_dict()) == keys
+    assert [p.requires_grad for p in s.model.parameters()] == flags
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in s.model.modules())
+    adapter = s.attach()
+    s.train(adapter)
+    adapter.detach(merge=True)
+    close(moved, s.run(), 1e-4)
+    assert list(s.model.state_dict()) == keys
+
+
+def copies_are_independent(s: Subject) -> None:
+    adapter = s.attach()
+    s.train(adapter)
+    out = s.run()
+    twin = copy.deepcopy(s.model)
+    assert torch.equal(out, s.run(model=twin))
+    s.train(adapter)
+    assert torch.equal(out, s.run(model=twin)) and not torch.equal(out, s.run())
