@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .adapter import Adapter, qualified
-from .adapters import get
+from .adapters import Method, get
 from .attach import build, components
 from .errors import EnvironmentFault, InputError, near
+from .linalg import precise
 from .measure import fingerprint
 from .site import Site, find_named
 
@@ -38,11 +40,21 @@ def save(adapter: Adapter, folder: Path) -> Path:
         "options": adapter.method.options(),
         "seed": adapter.seed,
         "components": list(adapter.parts),
+        "tensors": _kinds(adapter),
         "base": fingerprint(adapter),
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in adapter.named_tensors()}
     require_finite(tensors, "adapter")
     return write(tensors, {"format": "pt", "vislora": json.dumps(config)}, folder / FILE)
+
+
+def _kinds(adapter: Adapter) -> dict[str, bool]:
+    """{tensor name: whether it trains}, the same for every site."""
+    sites = [vars(t) for _, _, t, _ in adapter.site_updates()]
+    kinds = [{name: isinstance(t, nn.Parameter) for name, t in tensors.items()} for tensors in sites]
+    if any(kind != kinds[0] for kind in kinds):
+        raise InputError(adapter.method_name, "gives its sites different tensors", "give each the same names")
+    return kinds[0]
 
 
 def write(tensors: dict[str, Tensor], header: dict[str, str], path: Path) -> Path:
@@ -119,6 +131,7 @@ def _load_own(model, file: Path, tensors: dict[str, Tensor], text: str, name: st
         config = json.loads(text)
         version, method_name = config["format"], config["method"]
         options, shapes = dict(config["options"]), dict(config["base"]["shapes"])
+        kinds = {str(name): bool(trains) for name, trains in config["tensors"].items()}
         saved_norms, seed, prefixes = dict(config["base"]["norms"]), config["seed"], list(config["components"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(str(file), f"has a damaged header ({error!r})", "copy it again") from None
@@ -142,21 +155,34 @@ def _load_own(model, file: Path, tensors: dict[str, Tensor], text: str, name: st
         found[component] = (root, sites)
         values[component] = [{} for _ in sites]
         for site, tensors_of_site in zip(sites, values[component], strict=True):
-            shape_only = method.init(site, torch.Generator().manual_seed(0))
-            for key, made in shape_only.items():
+            for key, trains in kinds.items():
                 stored = tensors.pop(f"{qualified(prefix, site.name)}.{key}", None)
-                if stored is None or stored.shape != made.shape or not stored.is_floating_point():
-                    held = "missing" if stored is None else f"{stored.dtype} {tuple(stored.shape)}"
-                    wrong = f"tensor {key} of {site.name} is {held}, {tuple(made.shape)} is needed"
-                    raise InputError(str(file), wrong, "train or copy it again")
-                stored = stored.to(made.dtype)
-                tensors_of_site[key] = nn.Parameter(stored) if isinstance(made, nn.Parameter) else stored
+                if stored is None or not stored.is_floating_point():
+                    held = "missing" if stored is None else f"of {stored.dtype}"
+                    raise InputError(str(file), f"tensor {key} of {site.name} is {held}", "train or copy it again")
+                stored = precise(stored)
+                tensors_of_site[key] = nn.Parameter(stored) if trains else stored
+            _require_fit(method, site, tensors_of_site, file)
     if tensors:
         wrong = f"{len(tensors)} tensors belong to no layer: {', '.join(sorted(tensors)[:5])}"
         raise InputError(str(file), wrong, "copy it again")
     if not allow_other_base:
         _require_base(saved_norms, renamed, file)
     return build(name, method_name, method, found, values, seed)
+
+
+@torch.no_grad()
+def _require_fit(method: Method, site: Site, tensors: dict[str, Tensor], file: Path) -> None:
+    """Raise InputError unless the tensors make an update of the site's shape."""
+    try:
+        update = method.factors(SimpleNamespace(**tensors))
+        shape = tuple(update.product().shape)
+    except (RuntimeError, IndexError, ValueError, AttributeError):
+        shape = None
+    if shape != (site.m, site.n):
+        shown = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
+        wrong = f"the tensors of {site.name} do not fit its {site.m} x {site.n} weight ({shown})"
+        raise InputError(str(file), wrong, "train or copy it again")
 
 
 def place(parts: dict[str, nn.Module], prefixes: list[str], names: Iterable[str], file: Path):

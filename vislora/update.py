@@ -99,7 +99,7 @@ def row_norm(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
     weight (m, n), up (m, r), down (r, n). |w + u D|^2 = |w|^2 + 2 u.(D w) + u (D D^T) u^T, row by row.
     """
     weight = linalg.precise(weight)
-    up, down = up.to(weight.dtype), down.to(weight.dtype)
+    up, down = up.to(weight), down.to(weight)
     square = weight.square().sum(-1) + 2 * ((weight @ down.mT) * up).sum(-1)
     square = square + ((up @ (down @ down.mT)) * up).sum(-1)
     # Rounding may leave a zero row slightly negative; a zero row is scaled by magnitude / tiny = 0 / tiny = 0.

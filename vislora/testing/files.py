@@ -22,7 +22,7 @@ def saved_and_loaded_is_equal(s: Subject) -> None:
         again = load(s.model, folder)
     assert again.method == s.method and again.method_name == adapter.method_name
     assert {n: True for n in tensors} == {n: torch.equal(t, tensors[n]) for n, t in again.named_tensors()}
-    assert torch.equal(out, s.run())
+    close(out, s.run(), 1e-6)  # equal tensors; a product's last bit may depend on where in memory they lie
 
 
 def damaged_files_are_refused_without_a_trace(s: Subject) -> None:
@@ -41,7 +41,8 @@ def damaged_files_are_refused_without_a_trace(s: Subject) -> None:
         try_with({n: t for n, t in tensors.items() if n != name}, "missing")
         try_with({**tensors, "stranger": torch.zeros(2)}, "stranger", "no layer")
         try_with({**tensors, name: tensors[name] * float("nan")}, name, "NaN")
-        try_with({**tensors, name: torch.zeros(*tensors[name].shape, 2)}, "needed")
+        try_with({**tensors, name: torch.zeros(*tensors[name].shape, 2)}, "do not fit")
+        try_with({**tensors, name: tensors[name].int()}, "int32")
         write(tensors, header, file)
         (file.parent / FILE).write_bytes(file.read_bytes()[:-5])
         refused(lambda: load(s.model, folder), FILE, "safetensors")
@@ -99,6 +100,7 @@ def copies_are_independent(s: Subject) -> None:
     s.train(adapter)
     out = s.run()
     twin = copy.deepcopy(s.model)
-    assert torch.equal(out, s.run(model=twin))
+    close(out, s.run(model=twin), 1e-6)
     s.train(adapter)
-    assert torch.equal(out, s.run(model=twin)) and not torch.equal(out, s.run())
+    close(out, s.run(model=twin), 1e-6)
+    assert not torch.equal(out, s.run())
