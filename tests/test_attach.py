@@ -186,8 +186,8 @@ class Scheduled(Method):
     def factors(self, t: SimpleNamespace) -> Update:
         return Update(up=t.B, down=t.A)
 
-    def penalty(self, t, max_lr):
-        return t.A.square().sum() / max_lr
+    def penalty(self, sites, max_lr):
+        return sum(t.A.square().sum() for t in sites) / max_lr
 
     def prepare(self, adapter, closure):
         closure()

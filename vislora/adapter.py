@@ -80,12 +80,20 @@ class Adapter:
         self._clear()
 
     def param_groups(self, lr: float, component_lr: dict[str, float] | None = None) -> list[dict[str, Any]]:
-        """Optimizer groups. component_lr gives single components, such as "text_encoder", a rate of their own."""
-        groups = []
+        """Optimizer groups: one for each component and each rate that the method's roles ask for (LoRA+ has two).
+
+        component_lr gives single components, such as "text_encoder", a rate of their own.
+        """
+        groups: dict[tuple[str, float], dict[str, Any]] = {}
         for component, part in self.parts.items():
             rate = (component_lr or {}).get(component, lr)
-            groups.append({"params": list(part.parameters()), "lr": rate, "name": component or "model"})
-        return groups
+            for site in part.sites:
+                for name, tensor in vars(part.tensors_of(site)).items():
+                    if isinstance(tensor, nn.Parameter):
+                        ratio = self.method.lr_ratio(self.method.roles.get(name, ""))
+                        own = {"params": [], "lr": rate * ratio, "name": f"{component or 'model'} x{ratio:g}"}
+                        groups.setdefault((component, ratio), own)["params"].append(tensor)
+        return list(groups.values())
 
     def bind(self, optimizer: torch.optim.Optimizer, total_steps: int) -> None:
         """Follow the optimizer's steps: `method.on_step` runs after each, and computed updates are dropped.
@@ -114,17 +122,12 @@ class Adapter:
 
         Raises InputError before `bind` for a method that has one.
         """
-        first = next(self.parameters())
-        total = torch.zeros((), device=first.device)
         if not self.method.has_penalty():
-            return total
+            return torch.zeros((), device=next(self.parameters()).device)
         if self._max_lr is None:
             raise InputError("penalty", f"{self.method_name} scales it by a learning rate", "call adapter.bind first")
-        for part in self.parts.values():
-            for site in part.sites:
-                term = self.method.penalty(part.tensors_of(site), self._max_lr)
-                total = total if term is None else total + term
-        return total
+        sites = [part.tensors_of(site) for part in self.parts.values() for site in part.sites]
+        return self.method.penalty(sites, self._max_lr)
 
     # ---- what it does to the model
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -58,15 +58,19 @@ class Method:
         """The norm bound that holds by construction at one site, or None."""
         return None
 
-    def penalty(self, t: SimpleNamespace, max_lr: float) -> Tensor | None:
-        """One site's term of the regulariser (a scalar), weighted, to be added once per optimizer step."""
-        return None
+    def penalty(self, sites: Sequence[SimpleNamespace], max_lr: float) -> Tensor:
+        """The regulariser over the tensors of all sites (a scalar), weighted, to be added once per optimizer step."""
+        return torch.zeros(())
 
     def prepare(self, adapter: Adapter, closure: Callable[[], Tensor]) -> None:
         """A start that needs data. closure() runs one forward and backward and returns the loss."""
 
     def on_step(self, adapter: Adapter, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Runs after optimizer step number `step` (from 1), gradients still present."""
+
+    def lr_ratio(self, role: str) -> float:
+        """The learning rate of tensors of a role, over the adapter's."""
+        return 1.0
 
     @classmethod
     def has_penalty(cls) -> bool:

@@ -17,7 +17,9 @@ def table() -> str:
     rows = ["| method | update | parameters per layer | export rank | paper |", "|---|---|---|---|---|"]
     for name in names():
         cls = get(name)
-        said = dict(re.findall(r"^(Equation|Parameters per layer|Export rank): (.+)\.$", inspect.getdoc(cls), re.M))
+        text = inspect.getdoc(cls)
+        fields = r"^(Equation|Parameters per layer|Export rank): (.+?)\.\n(?=Parameters|Export|Differs)"
+        said = {key: " ".join(value.split()) for key, value in re.findall(fields, text, re.M | re.S)}
         module = inspect.getmodule(cls).__doc__
         arxiv = re.search(r"arXiv (\d{4}\.\d{4,5})", module)[1]
         link = f"[{arxiv}](https://arxiv.org/abs/{arxiv})"

@@ -20,6 +20,7 @@ __all__ = ["CHECKS", "METHOD_CHECKS", "Host", "Subject", "check", "feed", "hosts
 METHOD_CHECKS: tuple[Callable[[Subject], None], ...] = (
     definition.options_round_trip,
     definition.documented,
+    definition.roles_name_every_trained_tensor,
     learning.factors_pass_gradcheck,
     learning.learns_a_planted_update,
 )

@@ -31,9 +31,15 @@ def documented(s: Subject) -> None:
     assert len(inspect.getsource(module).splitlines()) <= 150
 
 
+def roles_name_every_trained_tensor(s: Subject) -> None:
+    trained = {name.rpartition(".")[2] for name, _ in s.attach().named_parameters()}
+    assert trained == set(s.method.roles), "roles and trained tensors differ"
+    assert set(s.method.roles.values()) <= {"up", "down", "core", "scale", "magnitude"}
+
+
 def parameter_count_is_the_documented_one(s: Subject) -> None:
     line = re.search(r"Parameters per layer: ([^,.]*)", inspect.getdoc(type(s.method))).group(1)
-    formula = re.sub(r"(\w) \(", r"\1*(", line)
+    formula = re.sub(r"(\w) \(", r"\1*(", line).replace("^", "**")
     adapter = s.attach()
     for part in adapter.parts.values():
         for site in part.sites:

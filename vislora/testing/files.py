@@ -69,7 +69,7 @@ def two_adapters_add(s: Subject) -> None:
         assert torch.equal(alone, s.run()), "training one adapter moved the other"
     before = dict(s.model.state_dict())
     for inner, outer in ((first, second), (second, first)):
-        with inner.merged() as _, outer.merged():
+        with inner.merged(), outer.merged():
             close(both, s.run(), 2e-4)
     assert torch.equal(both, s.run()) and all(torch.equal(v, before[k]) for k, v in s.model.state_dict().items())
     left = {n: t.clone() for n, t in first.named_tensors()}
