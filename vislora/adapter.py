@@ -65,7 +65,7 @@ class Adapter:
         """("<site>.<tensor>", tensor) for everything that must be kept: parameters and fixed tensors."""
         for component, part in self.parts.items():
             for site in part.sites:
-                for name, tensor in vars(part.tensors_of(site)).items():
+                for name, tensor in part.own_tensors(site).items():
                     yield f"{qualified(component, site.name)}.{name}", tensor
 
     @torch.no_grad()
@@ -88,7 +88,7 @@ class Adapter:
         for component, part in self.parts.items():
             rate = (component_lr or {}).get(component, lr)
             for site in part.sites:
-                for name, tensor in vars(part.tensors_of(site)).items():
+                for name, tensor in part.own_tensors(site).items():
                     if isinstance(tensor, nn.Parameter):
                         ratio = self.method.lr_ratio(self.method.roles.get(name, ""))
                         own = {"params": [], "lr": rate * ratio, "name": f"{component or 'model'} x{ratio:g}"}
@@ -260,7 +260,7 @@ class Adapter:
         lines = []
         for component, part in self.parts.items():
             for site in part.sites:
-                count = sum(t.numel() for t in vars(part.tensors_of(site)).values() if isinstance(t, nn.Parameter))
+                count = sum(t.numel() for t in part.own_tensors(site).values() if isinstance(t, nn.Parameter))
                 lines.append(f"{qualified(component, site.name)}  {site.m} x {site.n}  {count:,}")
         return "\n".join(lines)
 

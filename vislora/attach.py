@@ -69,8 +69,14 @@ def build(
         if f"vislora_{name}" in part_holder(root, sites[0].module)._modules:
             wrong = f"{name!r} is taken on this model"
             raise InputError("name", wrong, "give another name=, or detach that adapter first")
-    parts = {c: (root, Part(root, sites, method, tensors[c], name)) for c, (root, sites) in found.items()}
+    shared = shared_tensors(method, found, seed)
+    parts = {c: (root, Part(root, sites, method, tensors[c], shared, name)) for c, (root, sites) in found.items()}
     return Adapter(name, method_name, method, parts, seed)
+
+
+def shared_tensors(method: Method, found: dict[str, tuple[nn.Module, list[Site]]], seed: int) -> dict[str, Tensor]:
+    """What all sites of all components share, on the CPU."""
+    return method.shared([site for _, sites in found.values() for site in sites], _generator(seed, "shared"))
 
 
 def components(model: Any) -> dict[str, nn.Module]:

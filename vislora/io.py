@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter, qualified
 from .adapters import Method, get
-from .attach import build, components
+from .attach import build, components, shared_tensors
 from .errors import EnvironmentFault, InputError, near
 from .linalg import precise
 from .measure import fingerprint
@@ -50,7 +50,7 @@ def save(adapter: Adapter, folder: Path) -> Path:
 
 def _kinds(adapter: Adapter) -> dict[str, bool]:
     """{tensor name: whether it trains}, the same for every site."""
-    sites = [vars(t) for _, _, t, _ in adapter.site_updates()]
+    sites = [part.own_tensors(site) for part in adapter.parts.values() for site in part.sites]
     kinds = [{name: isinstance(t, nn.Parameter) for name, t in tensors.items()} for tensors in sites]
     if any(kind != kinds[0] for kind in kinds):
         raise InputError(adapter.method_name, "gives its sites different tensors", "give each the same names")
@@ -162,7 +162,10 @@ def _load_own(model, file: Path, tensors: dict[str, Tensor], text: str, name: st
                     raise InputError(str(file), f"tensor {key} of {site.name} is {held}", "train or copy it again")
                 stored = precise(stored)
                 tensors_of_site[key] = nn.Parameter(stored) if trains else stored
-            _require_fit(method, site, tensors_of_site, file)
+    shared = shared_tensors(method, found, seed)
+    for component, (_, sites) in found.items():
+        for site, own in zip(sites, values[component], strict=True):
+            _require_fit(method, site, {**method.share_of(shared, site), **own}, file)
     if tensors:
         wrong = f"{len(tensors)} tensors belong to no layer: {', '.join(sorted(tensors)[:5])}"
         raise InputError(str(file), wrong, "copy it again")

@@ -40,8 +40,17 @@ class SiteTensors(nn.Module):
 class Part(nn.Module):
     """What an adapter adds to one root: a module without input whose output is one Update for each site."""
 
-    def __init__(self, root: nn.Module, sites: list[Site], method: Method, tensors: list[dict[str, Tensor]], name: str):
+    def __init__(
+        self,
+        root: nn.Module,
+        sites: list[Site],
+        method: Method,
+        tensors: list[dict[str, Tensor]],
+        shared: dict[str, Tensor],
+        name: str,
+    ):
         super().__init__()
+        self.common = SiteTensors(shared).to(sites[0].module.weight.device)
         self.method, self.sites, self.adapter_name = method, sites, name
         self.store = nn.ModuleDict()
         for site, t in zip(sites, tensors, strict=True):
@@ -63,9 +72,13 @@ class Part(nn.Module):
     def strength(self) -> float:
         return self.adapter_weight * self.call_scale
 
+    def own_tensors(self, site: Site) -> dict[str, Tensor]:
+        """One site's own tensors by name: what trains and what is saved."""
+        return self.store[site.name.replace(".", "/")].all()
+
     def tensors_of(self, site: Site) -> SimpleNamespace:
-        """One site's tensors, as the method sees them."""
-        return SimpleNamespace(**self.store[site.name.replace(".", "/")].all())
+        """One site's tensors as the method sees them: its own and its share of the common ones."""
+        return SimpleNamespace(**self.method.share_of(self.common.all(), site), **self.own_tensors(site))
 
     def forward(self) -> list[Update]:
         """One Update for each site, in the order of `sites`; differentiable."""

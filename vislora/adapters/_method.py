@@ -36,6 +36,7 @@ class Method:
 
     batched: ClassVar[bool] = False  # True: `factors` runs once for a stack of sites of equal shape
     identity_at_init: ClassVar[bool] = True  # False must be argued in the method's docstring
+    rank_fits_layers: ClassVar[bool] = True  # a rank above a layer's smaller side is refused
     exact_identity: ClassVar[bool] = True  # the start is the base model bit for bit, not only to rounding
     roles: ClassVar[Mapping[str, str]] = {}  # tensor name -> "up" | "down" | "core" | "scale" | "magnitude"
 
@@ -50,8 +51,16 @@ class Method:
         """
         raise TypeError(f"{type(self).__name__} does not define init")
 
+    def shared(self, sites: Sequence[Site], generator: torch.Generator) -> dict[str, Tensor]:
+        """Fixed tensors that all sites share: a function of the sites' shapes and the seed, so they are not saved."""
+        return {}
+
+    def share_of(self, shared: Mapping[str, Tensor], site: Site) -> dict[str, Tensor]:
+        """What `factors` sees of the shared tensors at one site; views, not copies."""
+        return dict(shared)
+
     def factors(self, t: SimpleNamespace) -> Update:
-        """The Update made of the tensors of `init`, as attributes of t; stacked (L, ...) if `batched`."""
+        """The Update of the tensors of `init` and `share_of`, as attributes of t; stacked (L, ...) if `batched`."""
         raise TypeError(f"{type(self).__name__} does not define factors")
 
     def bound(self, t: SimpleNamespace) -> Bound | None:

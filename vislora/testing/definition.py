@@ -72,7 +72,7 @@ def start_is_a_function_of_the_seed(s: Subject) -> None:
 
 def too_large_a_rank_is_refused_without_a_trace(s: Subject) -> None:
     keys, flags = list(s.model.state_dict()), [p.requires_grad for p in s.model.parameters()]
-    if "rank" not in {f.name for f in dataclasses.fields(s.method)}:
+    if not s.method.rank_fits_layers:
         return
     big = dataclasses.replace(s.method, rank=10_000)
     refused(lambda: attach(s.model, big, targets=s.host.targets), "rank", "10000")
