@@ -16,10 +16,10 @@ _HOSTS = {host.name: host for host in all_hosts()}
 @pytest.mark.parametrize("host", _HOSTS)
 @pytest.mark.parametrize("method", methods())
 def test_conformance(method, host, check):
-    check(Subject(get(method)(rank=4), _HOSTS[host]))
+    check(Subject(get(method)(rank=4, **get(method).quick), _HOSTS[host]))
 
 
 @pytest.mark.parametrize("check", METHOD_CHECKS, ids=lambda c: c.__name__)
 @pytest.mark.parametrize("method", methods())
 def test_method(method, check):
-    check(Subject(get(method)(rank=4), _HOSTS["linear"]))
+    check(Subject(get(method)(rank=4, **get(method).quick), _HOSTS["linear"]))

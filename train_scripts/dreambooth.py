@@ -13,6 +13,7 @@ On your own photos and a Stable Diffusion 1.x or 2.x:
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import resource
@@ -43,6 +44,7 @@ from vislora.training.dry_run import describe
 from vislora.training.random import first_position, generator
 from vislora.training.resume import load_state, require_same_run, save_state
 from vislora.training.run import InterruptFlag, RunFolder
+from vislora.training.schedule import first_rate
 
 
 def main(argv: list[str]) -> None:
@@ -135,7 +137,7 @@ class Run:
         self.unet, self.optimizer = accelerator.prepare(diffusion.unet, optimizer)
         self.text_encoder = accelerator.prepare(diffusion.text_encoder) if options.train_text_encoder else None
         self.predict = loss.denoiser(self.unet, diffusion.dtype)
-        self.adapter.bind(self.optimizer, self.total)
+        self.adapter.bind(self.optimizer, self.total, first_rate(self.scheduler, self.total))
 
     def go(self) -> None:
         """Train, from the start or a checkpoint, and leave the run's results in its folder."""
@@ -146,7 +148,8 @@ class Run:
         if start == 0:
             if self.main:
                 self.validation.draw(self.sampler, 0)
-            self.adapter.prepare(self.closure())
+            steps = itertools.count()  # a data-driven start sees the run's first batches
+            self.adapter.prepare(lambda: self.backward(next(steps))["loss"])
         with telemetry.Log(self.folder, o.report_to if self.main else "none") as log, InterruptFlag() as stop:
             self.train(start, log, stop)
             if self.main and not stop:
@@ -240,11 +243,6 @@ class Run:
         if not self.options.train_text_encoder:
             return self.embeddings.lookup(prompts)
         return conditioning.encode(self.models, conditioning.tokenize(self.models, prompts), True, self.text_encoder)
-
-    def closure(self):
-        """What a data-driven start calls: forward and backward over one step's batches after another."""
-        steps = iter(range(self.total))
-        return lambda: self.backward(next(steps))["loss"]
 
     def about(self) -> dict:
         return {"config": config.to_dict(self.options, self.adapter.method), "photos": self.photos.hashes()}

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from .adapters import Method
 from .errors import InputError
 from .part import Part
-from .site import Site
+from .site import Site, qualified
 from .tap import (
     RootHook,
-    Tap,
     install,
     part_holder,
     require_float_weights,
     require_untied,
-    tap_of,
+    taps_of,
     uninstall,
 )
 from .update import Update
@@ -45,6 +44,9 @@ class Adapter:
         self.parts = {component: part for component, (_, part) in parts.items()}
         self.step = 0
         self._max_lr: float | None = None
+        self._first_lr = 0.0
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._preparing = False
         self._step_hook = None
         self._is_merged = False
         self._hooks: list[RootHook] = []
@@ -77,6 +79,8 @@ class Adapter:
         require_same_tensors(own, tensors, "adapter")
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+        for part in self.parts.values():
+            part.prepared = True
         self._clear()
 
     def param_groups(self, lr: float, component_lr: dict[str, float] | None = None) -> list[dict[str, Any]]:
@@ -95,27 +99,45 @@ class Adapter:
                         groups.setdefault((component, ratio), own)["params"].append(tensor)
         return list(groups.values())
 
-    def bind(self, optimizer: torch.optim.Optimizer, total_steps: int) -> None:
+    def bind(self, optimizer: torch.optim.Optimizer, total_steps: int, first_lr: float | None = None) -> None:
         """Follow the optimizer's steps: `method.on_step` runs after each, and computed updates are dropped.
 
         Reads the largest learning rate, which penalties are scaled by. Takes accelerate's wrapped optimizers too.
+        first_lr: the schedule's first non-zero rate, where a warm-up holds the optimizer's at zero now.
         """
         inner = getattr(optimizer, "optimizer", optimizer)
+        self.optimizer = inner
+        self._first_lr = first_lr or max(float(g["lr"]) for g in inner.param_groups)
         rates = [float(g.get("initial_lr", g["lr"])) for g in inner.param_groups]
         self._max_lr, self.total_steps = max(rates), total_steps
         if self._step_hook is not None:
             self._step_hook.remove()
 
         def after(optimizer, args, kwargs) -> None:
-            self.step += 1
-            self.method.on_step(self, self.step, optimizer)
+            if not self._preparing:
+                self.step += 1
+                self.method.on_step(self, self.step, optimizer)
             self._clear()
 
         self._step_hook = inner.register_step_post_hook(after)
 
+    def first_lr(self) -> float:
+        """The schedule's first non-zero learning rate. Raises InputError where it is not known."""
+        if not self._first_lr:
+            wrong = f"{self.method_name} needs the schedule's first non-zero rate"
+            raise InputError("prepare", wrong, "give it to adapter.bind as first_lr, or set init_lr")
+        return self._first_lr
+
     def prepare(self, closure: Callable[[], Tensor]) -> None:
         """Run the method's data-driven start, if it has one. closure() runs forward and backward, returns the loss."""
-        self.method.prepare(self, closure)
+        for part in self.parts.values():
+            part.prepared = True
+        self._preparing = True
+        try:
+            self.method.prepare(self, closure)
+        finally:
+            self._preparing = False
+        self._clear()
 
     def penalty(self) -> Tensor:
         """The method's regulariser, a weighted scalar; 0 for most methods.
@@ -196,7 +218,7 @@ class Adapter:
             require_float_weights(part)
             require_untied(self.roots[component], part)
         for part in self.parts.values():
-            for tap in _taps(part):
+            for tap in taps_of(part):
                 tap.merge(part)
         self._is_merged = True
 
@@ -205,7 +227,7 @@ class Adapter:
         if not self._is_merged:
             raise InputError("unmerge", f"{self.name!r} is not merged", "call merge first")
         for part in self.parts.values():
-            for tap in _taps(part):
+            for tap in taps_of(part):
                 tap.unmerge(part)
         self._is_merged = False
 
@@ -228,7 +250,7 @@ class Adapter:
             self._step_hook.remove()
         for hook in self._hooks:
             hook.remove()
-        lost = max(tap.keep(part) for part in self.parts.values() for tap in _taps(part)) if merge else 0.0
+        lost = max(tap.keep(part) for part in self.parts.values() for tap in taps_of(part)) if merge else 0.0
         if lost > 0.1:
             words = "merging lost %.0f %% of a delta to the weights' precision -> merge into a float32 copy"
             log.warning(words, 100 * lost)
@@ -267,12 +289,3 @@ class Adapter:
     def _clear(self) -> None:
         for part in self.parts.values():
             part.clear()
-
-
-def qualified(component: str, name: str) -> str:
-    """A site's or module's name, led by its component's name where there is one."""
-    return f"{component}.{name}" if component else name
-
-
-def _taps(part: Part) -> list[Tap]:
-    return [tap_of(module) for module in dict.fromkeys(site.module for site in part.sites)]

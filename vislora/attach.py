@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, qualified
+from .adapter import Adapter
 from .adapters import Method, get
 from .errors import InputError, near
 from .part import Part
-from .site import Site, find
+from .site import Site, find, qualified
 from .tap import part_holder
 
 

@@ -17,13 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapter import Adapter, qualified
+from .adapter import Adapter
 from .adapters import Method, get
 from .attach import build, components, shared_tensors
 from .errors import EnvironmentFault, InputError, near
 from .linalg import precise
 from .measure import fingerprint
-from .site import Site, find_named
+from .site import Site, find_named, qualified
 
 log = logging.getLogger("vislora")
 FILE = "adapter.safetensors"
@@ -171,7 +171,10 @@ def _load_own(model, file: Path, tensors: dict[str, Tensor], text: str, name: st
         raise InputError(str(file), wrong, "copy it again")
     if not allow_other_base:
         _require_base(saved_norms, renamed, file)
-    return build(name, method_name, method, found, values, seed)
+    adapter = build(name, method_name, method, found, values, seed)
+    for part in adapter.parts.values():
+        part.prepared = True
+    return adapter
 
 
 @torch.no_grad()

@@ -100,6 +100,17 @@ def product_singular_values(up: Tensor, down: Tensor) -> Tensor:
     return torch.linalg.svdvals(R_up @ R_down.mT)
 
 
+def product_svd(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `rank` largest triplets U (m, r), S (r,), V (n, r) of up @ down for up (m, k), down (k, n), k >= rank.
+
+    From the k x k core between two QR decompositions; U and V are orthonormal also where the product has a lower rank.
+    """
+    Q_up, R_up = torch.linalg.qr(precise(up))
+    Q_down, R_down = torch.linalg.qr(precise(down).mT)
+    U, S, Vh = torch.linalg.svd(R_up @ R_down.mT, full_matrices=False)
+    return (Q_up @ U)[:, :rank], S[:rank], (Q_down @ Vh.mT)[:, :rank]
+
+
 def schatten(values: Tensor, p: float) -> Tensor:
     """Schatten p-norm (...) from singular values (..., r): p = 1 nuclear, 2 Frobenius, inf spectral."""
     return torch.linalg.vector_norm(values, ord=p if p != math.inf else math.inf, dim=-1)

@@ -60,6 +60,7 @@ class Part(nn.Module):
             self.store[site.name.replace(".", "/")] = held.double() if weight.dtype == torch.float64 else held
         self.adapter_weight, self.call_scale, self.disabled = 1.0, 1.0, 0
         self.called: set[nn.Module] = set()
+        self.prepared = not method.needs_prepare
         self.frozen: list[nn.Parameter] = []  # what attach froze, to be given back at detach
         self._updates: dict[nn.Module, list[tuple[Site, Update]]] | None = None
         self._made: tuple = ()

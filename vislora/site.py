@@ -46,6 +46,11 @@ class Site:
         return weight if weight.dtype == torch.float64 else weight.float()
 
 
+def qualified(component: str, name: str) -> str:
+    """A site's or module's name, led by its component's name where there is one."""
+    return f"{component}.{name}" if component else name
+
+
 def _pattern(*leaves: str) -> re.Pattern[str]:
     return re.compile(r"(.*\.)?(" + "|".join(leaves) + ")")
 

@@ -119,6 +119,11 @@ def tap_of(module: nn.Module) -> Tap | None:
     return next((hook for hook in module._forward_hooks.values() if isinstance(hook, Tap)), None)
 
 
+def taps_of(part: Part) -> list[Tap]:
+    """The taps that a part acts through, one for each adapted module."""
+    return [tap_of(module) for module in dict.fromkeys(site.module for site in part.sites)]
+
+
 def base_weight(module: nn.Module) -> Tensor:
     """The module's weight (out, in) as it was before anything was merged, detached, in its own dtype."""
     tap = tap_of(module)
@@ -137,6 +142,9 @@ class RootHook:
         )
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not self.part.prepared and module.training and torch.is_grad_enabled():
+            wrong = f"{self.part.adapter_name!r} starts from data that it has not seen"
+            raise InputError("prepare", wrong, "call adapter.bind, then adapter.prepare(closure), before training")
         self.part.refresh(_call_scale(kwargs))
         self.part.called.clear()
 
@@ -205,8 +213,8 @@ def install(root: nn.Module, part: Part) -> RootHook:
 
 def uninstall(root: nn.Module, part: Part) -> None:
     """Undo `install`; what it froze thaws with the last part."""
-    for module in dict.fromkeys(site.module for site in part.sites):
-        tap_of(module).remove(part)
+    for tap in taps_of(part):
+        tap.remove(part)
     delattr(part_holder(root, part.sites[0].module), f"vislora_{part.adapter_name}")
     others = _parts(root)
     if others:

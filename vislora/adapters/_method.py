@@ -36,7 +36,10 @@ class Method:
 
     batched: ClassVar[bool] = False  # True: `factors` runs once for a stack of sites of equal shape
     identity_at_init: ClassVar[bool] = True  # False must be argued in the method's docstring
+    needs_prepare: ClassVar[bool] = False  # the start is made of data: training before `prepare` is refused
     rank_fits_layers: ClassVar[bool] = True  # a rank above a layer's smaller side is refused
+    drops_tail: ClassVar[bool] = False  # of what its factors can hold, only the leading rank lasts
+    quick: ClassVar[Mapping[str, Any]] = {}  # options that keep the conformance suite quick
     exact_identity: ClassVar[bool] = True  # the start is the base model bit for bit, not only to rounding
     roles: ClassVar[Mapping[str, str]] = {}  # tensor name -> "up" | "down" | "core" | "scale" | "magnitude"
 

