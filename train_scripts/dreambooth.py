@@ -40,6 +40,7 @@ from vislora.diffusion.verify import exported_error
 from vislora.errors import InputError, run_script
 from vislora.export import check_exportable
 from vislora.training import checkpoint, telemetry
+from vislora.training.cores import use_cores
 from vislora.training.dry_run import describe
 from vislora.training.random import first_position, generator
 from vislora.training.resume import load_state, require_same_run, save_state
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> None:
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("--mixed_precision", "fp16 is not supported on a CPU", "take bf16 or no")
     torch.backends.cuda.matmul.allow_tf32 = options.allow_tf32
+    use_cores(accelerator.num_processes, options.cpu_threads)
 
     # Everything that can be known to be wrong is found before anything large is loaded.
     prompts = validation.prompts_of(options.validation_prompt)

@@ -17,7 +17,7 @@ FREE_ON_RESUME = frozenset({
     "max_train_steps", "num_train_epochs", "validation_prompt", "num_validation_images", "validation_steps",
     "validation_inference_steps", "output_dir", "logging_steps", "report_to", "checkpointing_steps",
     "checkpoints_total_limit", "resume_from_checkpoint", "dry_run", "sample_batch_size", "class_data_dir",
-    "instance_data_dir", "pretrained_model_name_or_path",
+    "cpu_threads", "instance_data_dir", "pretrained_model_name_or_path",
 })  # fmt: skip
 
 
@@ -94,6 +94,7 @@ class DreamBoothOptions:
     validation_inference_steps: int = option(25, "sampler steps of an image", group=_IMAGES)
     guidance_scale: float = option(7.5, "classifier-free guidance of generated images", group=_IMAGES)
 
+    cpu_threads: int | None = option(None, "threads to compute with; none: all cores", group=_RUN)
     output_dir: str | None = option(None, "the run's folder; none: a new number under runs/", group=_RUN)
     seed: int = option(0, "all chance in the run is a function of it", group=_RUN)
     logging_steps: int = option(10, "steps between lines of metrics.jsonl", group=_RUN)
@@ -109,7 +110,8 @@ class DreamBoothOptions:
         for name in (
             "crop_variants", "num_class_images", "sample_batch_size", "train_batch_size", "logging_steps",
             "gradient_accumulation_steps", "num_train_epochs", "num_validation_images", "validation_inference_steps",
-            "checkpointing_steps", "max_train_steps", "validation_steps", "checkpoints_total_limit", "resolution",
+            "checkpointing_steps", "cpu_threads", "max_train_steps", "validation_steps", "checkpoints_total_limit",
+            "resolution",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:

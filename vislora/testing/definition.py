@@ -38,8 +38,8 @@ def roles_name_every_trained_tensor(s: Subject) -> None:
 
 
 def parameter_count_is_the_documented_one(s: Subject) -> None:
-    line = re.search(r"Parameters per layer: ([^,.]*)", inspect.getdoc(type(s.method))).group(1)
-    formula = re.sub(r"(\w) \(", r"\1*(", line).replace("^", "**")
+    line = re.search(r"Parameters per layer: ((?:[^,.]|\.\d)*)", inspect.getdoc(type(s.method))).group(1)
+    formula = re.sub(r"([\w)]) (?=[\w(])", r"\1*", line).replace("^", "**")
     adapter = s.attach()
     for part in adapter.parts.values():
         for site in part.sites:
