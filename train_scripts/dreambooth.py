@@ -86,9 +86,7 @@ def parse(argv: list[str]) -> tuple[DreamBoothOptions, vislora.Method]:
     options, method = config.parse(DreamBoothOptions, argv, **words)
     if options.pretrained_model_name_or_path is None and options.instance_data_dir is None:
         options, method = config.parse(DreamBoothOptions, argv, base=world.defaults("dreambooth"), **words)
-    for name in ("pretrained_model_name_or_path", "instance_data_dir"):
-        if getattr(options, name) is None:
-            raise InputError(f"--{name}", "is not given", "give both the model and the photos, or neither")
+    options.require_whole()
     return options, method
 
 
@@ -188,7 +186,7 @@ class Run:
                 share = {"bound": f"{largest['largest_share']:.0%}"} if "largest_share" in largest else {}
                 bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{values['lr']:.1e}", **share)
                 sums, logged, since = {}, done, time.perf_counter()
-            if self.main and (done % o.checkpointing_steps == 0 or (stop and done < self.total)):
+            if self.main and (done % o.checkpointing_steps == 0 or stop):
                 self.save(done)
             if self.main and o.validation_steps and done % o.validation_steps == 0 and done < self.total:
                 log.images(done, "samples", self.validation.draw(self.sampler, done))

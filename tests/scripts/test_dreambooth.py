@@ -162,19 +162,22 @@ def test_resuming_at_any_step_is_exact(run, place):
 def test_a_signal_ends_the_run_with_a_checkpoint(run, script, place, monkeypatch):
     run("--output_dir", "whole", "--checkpointing_steps", "3")
     original = script.Run.backward
+    for last in (1, 2):  # in the middle, and in the very last step
 
-    def kill(self, step):
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, step)
+        def kill(self, step, last=last):
+            if step == last:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, step)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(script.Run, "backward", kill)
-        with pytest.raises(SystemExit) as stop:
-            run("--output_dir", "cut", "--checkpointing_steps", "3")
-    assert stop.value.code == 143 and not (place / "cut/adapter").exists()
-    run("--output_dir", "cut", "--checkpointing_steps", "3", "--resume_from_checkpoint", "latest")
-    assert all(torch.equal(t, state("cut", 3)[k]) for k, t in state("whole", 3).items())
+        with monkeypatch.context() as patch:
+            patch.setattr(script.Run, "backward", kill)
+            with pytest.raises(SystemExit) as stop:
+                run("--output_dir", f"cut{last}", "--checkpointing_steps", "30")
+        assert stop.value.code == 143 and not (place / f"cut{last}/adapter").exists()
+        assert (place / f"cut{last}/checkpoints/checkpoint-{last + 1}").is_dir()
+        run("--output_dir", f"cut{last}", "--checkpointing_steps", "30", "--resume_from_checkpoint", "latest")
+        whole, cut = (read(Path(f) / "adapter/adapter.safetensors")[0] for f in ("whole", f"cut{last}"))
+        assert all(torch.equal(t, cut[k]) for k, t in whole.items())
 
 
 def test_cached_and_fresh_latents_train_alike(run):

@@ -127,6 +127,12 @@ class DreamBoothOptions:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"--{name}", f"{getattr(self, name)} is not in [0, 1)", "0.9 and 0.999 are usual")
+
+    def require_whole(self) -> None:
+        """Raise InputError unless model, photos and, for prior preservation, the class prompt are there."""
+        for name in ("pretrained_model_name_or_path", "instance_data_dir"):
+            if getattr(self, name) is None:
+                raise InputError(f"--{name}", "is not given", "give both the model and the photos, or neither")
         if self.with_prior_preservation and self.class_prompt is None:
             raise InputError("--class_prompt", "is needed by --with_prior_preservation", 'give one, such as "a dog"')
 
