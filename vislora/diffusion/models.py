@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,18 +12,10 @@ import torch
 import transformers
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError, safe_open
 
-from vislora.errors import EnvironmentFault, InputError, near
+from vislora.diffusion.hub import brief, hub_errors
+from vislora.errors import InputError, near
 
 SAMPLERS = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -140,7 +130,7 @@ def load(
             **dict.fromkeys(family.left_out),
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise InputError(path, f"cannot be loaded ({_brief(error)})", "save or download it again") from error
+        raise InputError(path, f"cannot be loaded ({brief(error)})", "save or download it again") from error
 
     for name in family.models:
         part = getattr(pipe, name).requires_grad_(False).eval().to(device)
@@ -193,7 +183,7 @@ def _json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(str(file), f"cannot be read ({_brief(error)})", "save or download the model again") from error
+        raise InputError(str(file), f"cannot be read ({brief(error)})", "save or download the model again") from error
     if not isinstance(content, dict):
         raise InputError(str(file), "holds no JSON object", "save or download the model again")
     return content
@@ -237,7 +227,7 @@ def _check_file(file: Path) -> None:
             with safe_open(file, framework="pt"):
                 pass  # opening it holds the header against the file's length
         except (SafetensorError, OSError) as error:
-            raise InputError(str(file), f"is broken ({_brief(error)})", "save or download the model again") from error
+            raise InputError(str(file), f"is broken ({brief(error)})", "save or download the model again") from error
 
 
 def resolution_of(path: str | Path, revision: str | None = None) -> int:
@@ -248,7 +238,7 @@ def resolution_of(path: str | Path, revision: str | None = None) -> int:
     folder = _folder(str(path))
     if folder is None:
         subject = str(path) if revision is None else f"{path}@{revision}"
-        with _hub_errors(subject, revision, None):
+        with hub_errors(subject, revision, None):
             files = [hf_hub_download(str(path), f"{part}/config.json", revision=revision) for part in ("unet", "vae")]
     else:
         check_folder(folder)
@@ -274,40 +264,9 @@ def _folder(path: str) -> Path | None:
 def _download(repo: str, revision: str | None, variant: str | None) -> Path:
     """The folder of hub model `repo` in the local cache. Its family is checked before its weights are fetched."""
     subject = repo if revision is None else f"{repo}@{revision}"
-    with _hub_errors(subject, revision, variant):
+    with hub_errors(subject, revision, variant):
         index = _json(Path(hf_hub_download(repo, "model_index.json", revision=revision)))
         family = _family(f"{repo}/model_index.json", index)
         return Path(
             family.pipeline.download(repo, revision=revision, variant=variant, **dict.fromkeys(family.left_out))
         )
-
-
-@contextmanager
-def _hub_errors(subject: str, revision: str | None, variant: str | None) -> Iterator[None]:
-    """What the hub's client raises, as one line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except GatedRepoError as error:
-        raise InputError(subject, "is gated on the hub", "accept its terms there, then: hf auth login") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise InputError(subject, "no such folder, and no such model on the hub", "check the name") from error
-    except RevisionNotFoundError as error:
-        raise InputError(subject, f"has no revision {revision!r}", "check --revision") from error
-    except LocalEntryNotFoundError as error:
-        wrong = "no such folder, and the hub cannot be reached"
-        raise EnvironmentFault(subject, wrong, "check the network, or name a local folder") from error
-    except EntryNotFoundError as error:
-        raise InputError(subject, "holds no model_index.json on the hub", "it must be in diffusers' format") from error
-    except (OSError, ValueError, RuntimeError, HTTPError) as error:
-        if isinstance(error, ValueError) and variant is not None:
-            raise InputError(subject, f"variant {variant!r}: {_brief(error)}", "leave --variant out") from error
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        remedy = "free some space in the hub's cache (HF_HOME)" if full else "try again, or name a local folder"
-        raise EnvironmentFault(subject, f"cannot be fetched ({_brief(error)})", remedy) from error
-
-
-def _brief(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
