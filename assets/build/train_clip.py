@@ -141,10 +141,10 @@ def train(steps: int = STEPS, minutes: float = 25) -> None:
         optimizer.step()
         model.logit_scale.data.clamp_(0, math.log(100))
         step += 1
-        if step % 50 == 0:
-            say(f"clip {step}: loss {loss.item():.3f} {(time.time() - clock) / 50:.2f} s/step")
+        if step % 20 == 0:
+            say(f"clip {step}: loss {loss.item():.3f} {(time.time() - clock) / 20:.2f} s/step")
             clock = time.time()
-        if step % 250 == 0 or done:
+        if step % 100 == 0 or done:
             model.eval()
             score = retrieval(model, tok, held, specs)
             done = done or score >= 0.97
