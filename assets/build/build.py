@@ -1,7 +1,8 @@
 """Build the embedded world:  python assets/build/build.py STAGE [--option value]
 
 Stages, in order: sprites, vae, latents, unet, decoder, clip, export, measure; `all` runs every one.  Each stage
-keeps its state in assets/build/work as safetensors and JSON, and goes on from there when it is run again.
+keeps its state in ~/.cache/vislora/world (or $VISLORA_WORLD_WORK) as safetensors and JSON, and goes on from there
+when it is run again.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).resolve().parent
-WORK = HERE / "work"
+# Outside the repository, so that a fresh clone goes on where the last one was.
+WORK = Path(os.environ.get("VISLORA_WORLD_WORK", Path.home() / ".cache" / "vislora" / "world"))
 WORLD = HERE.parent / "world"
 _START = time.time()
 
