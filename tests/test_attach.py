@@ -243,3 +243,15 @@ def test_bad_calls_say_what_is_wrong():
             call()
         assert all(word in str(error.value) for word in words), error.value
     assert not any("vislora" in key for key in model.state_dict())
+
+
+def test_a_forward_that_fails_leaves_no_stale_updates_behind():
+    model = timm_vit()
+    adapter = attach(model, "lora", rank=2, targets="vit-qv")
+    with torch.no_grad():
+        with pytest.raises(RuntimeError):
+            model(torch.randn(1, 3, 16, 16).double())
+        start = model.blocks[0](torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0)))
+        randomise(adapter)
+        moved = model.blocks[0](torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0)))
+    assert not torch.equal(start, moved)

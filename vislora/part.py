@@ -60,6 +60,7 @@ class Part(nn.Module):
             self.store[site.name.replace(".", "/")] = held.double() if weight.dtype == torch.float64 else held
         self.adapter_weight, self.call_scale, self.disabled = 1.0, 1.0, 0
         self.called: set[nn.Module] = set()
+        self.inside = False  # the root's own forward is running, for which the updates were just computed
         self.prepared = not method.needs_prepare
         self.frozen: list[nn.Parameter] = []  # what attach froze, to be given back at detach
         self._updates: dict[nn.Module, list[tuple[Site, Update]]] | None = None
@@ -133,7 +134,8 @@ class Part(nn.Module):
     def updates_of(self, module: nn.Module) -> list[tuple[Site, Update]]:
         """The updates of one module. Computed now where the root was bypassed and those at hand do not fit."""
         stale = self._updates is None or (torch.is_grad_enabled() and not self._made[0])
-        if stale or self._made[1:] != self._version()[1:]:
+        # Comparing every parameter's version at every tap would cost the square of the number of layers.
+        if stale or (not self.inside and self._made[1:] != self._version()[1:]):
             self._compute()
         return self._updates[module]
 
@@ -146,4 +148,4 @@ class Part(nn.Module):
 
     def __getstate__(self) -> dict:
         # Computed updates are graph nodes: they cannot be copied, and a copy makes its own.
-        return {**self.__dict__, "_updates": None, "_made": (), "called": set()}
+        return {**self.__dict__, "_updates": None, "_made": (), "called": set(), "inside": False}

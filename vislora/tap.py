@@ -139,6 +139,7 @@ class RootHook:
         self.handles = (
             root.register_forward_pre_hook(self.before, with_kwargs=True),
             root.register_forward_hook(self.after),
+            root.register_forward_hook(self.leave, always_call=True),
         )
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -147,6 +148,11 @@ class RootHook:
             raise InputError("prepare", wrong, "call adapter.bind, then adapter.prepare(closure), before training")
         self.part.refresh(_call_scale(kwargs))
         self.part.called.clear()
+        self.part.inside = True
+
+    def leave(self, module: nn.Module, args: tuple, output) -> None:
+        """The forward has ended, by an exception too."""
+        self.part.inside = False
 
     def after(self, module: nn.Module, args: tuple, output) -> None:
         if self.checked or not module.training or not torch.is_grad_enabled() or not self.part.active:
