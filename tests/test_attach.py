@@ -247,7 +247,7 @@ def test_bad_calls_say_what_is_wrong():
 
 def test_a_forward_that_fails_leaves_no_stale_updates_behind():
     model = timm_vit()
-    adapter = attach(model, "lora", rank=2, targets="vit-qv")
+    adapter = attach(model, "nb_lora", rank=2, delta=1.0, targets="vit-qv")  # whose updates are no views
     with torch.no_grad():
         with pytest.raises(RuntimeError):
             model(torch.randn(1, 3, 16, 16).double())
