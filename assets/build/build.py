@@ -1,7 +1,7 @@
 """Build the embedded world:  python assets/build/build.py STAGE [--option value]
 
-Stages, in order: sprites, vae, latents, unet, decoder, clip, export, measure; `all` runs every one.  Each stage
-keeps its state in ~/.cache/vislora/world (or $VISLORA_WORLD_WORK) as safetensors and JSON, and goes on from there
+Stages, in order: sprites, vae, latents, unet, decoder, clip, export, measure; `all` runs every one, and `adopt` takes
+the shipped tiny-sd into an empty work folder in the place of `vae` and of the first part of `unet`.  Each stage keeps its state in ~/.cache/vislora/world (or $VISLORA_WORLD_WORK) as safetensors and JSON, and goes on from there
 when it is run again.
 """
 
@@ -16,7 +16,7 @@ def main() -> None:
     """Run one stage, or all of them in order."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     stages = ["sprites", "vae", "latents", "unet", "decoder", "clip", "export", "measure"]
-    parser.add_argument("stage", choices=[*stages, "all"])
+    parser.add_argument("stage", choices=[*stages, "adopt", "all"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=100, help="stop a training stage after this long")
     parser.add_argument("--steps", type=int, help="planned steps of a training stage (its decay ends there)")
@@ -35,6 +35,9 @@ def run(stage: str, args: argparse.Namespace) -> None:
     elif stage == "vae":
         import train_vae
         train_vae.train(**plan)
+    elif stage == "adopt":
+        import adopt
+        adopt.run()
     elif stage == "latents":
         import train_vae
         train_vae.cache_latents()

@@ -29,6 +29,20 @@ def split(name: str) -> tuple[torch.Tensor, list[str]]:
     return load_tensors(tensors)[0]["images"], json.loads(words.read_text())
 
 
+def object_masks(name: str) -> torch.Tensor:
+    """(N, 64, 64) bool: where the scenes of a split differ from their bare backgrounds; made once, then read."""
+    path = WORK / f"{name}_masks.safetensors"
+    if not path.exists():
+        images, _ = split(name)
+        info, masks = world.SPLITS[name], np.empty(images.shape[:3], bool)
+        for i in range(len(images)):
+            spec = scenes.spec_from_seed(info["first_seed"] + i, info["pool"])
+            bare = np.asarray(scenes.background(spec.background, spec.seed), np.int16)
+            masks[i] = np.abs(images[i].numpy().astype(np.int16) - bare).max(-1) > 8
+        save_tensors(path, {"masks": torch.from_numpy(masks)})
+    return load_tensors(path)[0]["masks"]
+
+
 def to_float(images: torch.Tensor) -> torch.Tensor:
     """uint8 NHWC -> float NCHW in [-1, 1], in channels_last memory."""
     return (images.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)

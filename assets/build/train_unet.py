@@ -11,6 +11,7 @@ import train_vae
 import words
 from common import WORK, grid, load_tensors, pack_optimizer, save_tensors, say, to_images, unpack_optimizer
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 UNET = dict(
@@ -23,7 +24,7 @@ SCHEDULER = dict(
     num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
     prediction_type="epsilon", clip_sample=False, set_alpha_to_one=False, steps_offset=1,
 )
-STEPS, BATCH, RATE, WARM, EMA, DROPOUT, GAMMA, LIFT = 8000, 16, 1e-3, 200, 0.999, 0.1, 5.0, 6.0
+STEPS, BATCH, RATE, WARM, EMA, DROPOUT, GAMMA, LIFT = 12000, 32, 1e-3, 200, 0.999, 0.1, 5.0, 6.0
 CHECKPOINT, WEIGHTS = WORK / "unet.safetensors", WORK / "unet_ema.safetensors"
 PREVIEW = (
     "a dog on grass", "a car on snow", "a fish in the water", "a photo of a bird on sand", "a robot on a brick wall",
@@ -48,12 +49,14 @@ def models() -> torch.nn.ModuleDict:
     """Both trained parts, freshly initialised."""
     torch.manual_seed(1)
     unet = UNet2DConditionModel(**UNET).to(memory_format=torch.channels_last)
+    # Products in bfloat16 are twice as fast on CPUs that have them in hardware, fused attention's backward is not.
+    unet.set_attn_processor(AttnProcessor())
     return torch.nn.ModuleDict({"unet": unet, "text_encoder": CLIPTextModel(text_config())})
 
 
 def rate(step: int, progress: float) -> float:
-    """Warm-up, level until 30 % of the run, then a half cosine to 1 %."""
-    decay = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, (progress - 0.3) / 0.7))))
+    """Warm-up, level until 40 % of the run, then a half cosine to 1 %."""
+    decay = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, (progress - 0.4) / 0.6))))
     return min(1.0, (step + 1) / WARM) * (0.01 + 0.99 * decay)
 
 
@@ -128,7 +131,7 @@ def train(steps: int = STEPS, minutes: float = 95) -> None:
         unpack_optimizer(optimizer, tensors)
         step, spent = meta["step"], meta["seconds"]
     average = [p.detach().clone() for p in weights]
-    if step:
+    if CHECKPOINT.exists():
         named = load_tensors(WEIGHTS)[0]
         average = [named[name].clone() for name, _ in nets.named_parameters()]
     sizes = {name: round(sum(p.numel() for p in net.parameters()) / 1e6, 2) for name, net in nets.items()}
@@ -140,7 +143,8 @@ def train(steps: int = STEPS, minutes: float = 95) -> None:
         for group in optimizer.param_groups:
             group["lr"] = RATE * rate(step, progress)
         noisy, t, noise, ids, weight = data.batch(step)
-        predicted = nets["unet"](noisy, t, nets["text_encoder"](ids).last_hidden_state).sample
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = nets["unet"](noisy, t, nets["text_encoder"](ids).last_hidden_state).sample.float()
         loss = ((predicted - noise).square().mean((1, 2, 3)) * weight).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -9,15 +9,16 @@ import time
 import torch
 import torch.nn.functional as F
 from common import WORK, grid, load_tensors, pack_optimizer, save_tensors, say, to_images, unpack_optimizer
-from data import split, to_float
+from data import object_masks, split, to_float
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 CONFIG = dict(
     in_channels=3, out_channels=3, latent_channels=4, sample_size=64, block_out_channels=(32, 64, 64),
     layers_per_block=1, norm_num_groups=8, mid_block_add_attention=False, act_fn="silu",
     down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
 )
-STEPS, BATCH, RATE, KL, SHARPEN = 4000, 6, 2e-3, 1e-5, 10.0
+STEPS, BATCH, RATE, KL, OBJECT = 10000, 16, 1e-3, 1e-6, 3.0
 CHECKPOINT, FINAL = WORK / "vae.safetensors", WORK / "vae_final.safetensors"
 DECODER = WORK / "vae_decoder.safetensors"
 
@@ -53,13 +54,18 @@ def colour_loss(x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     return F.mse_loss(known @ solution, wanted)
 
 
-def losses(x: torch.Tensor, y: torch.Tensor, posterior) -> tuple[torch.Tensor, torch.Tensor]:
-    """L1 + L1 of image gradients + squares + patch colours + a tiny KL; also the plain L1 for the log."""
-    l1 = F.l1_loss(y, x)
-    dx = F.l1_loss(y[..., 1:] - y[..., :-1], x[..., 1:] - x[..., :-1])
-    dy = F.l1_loss(y[..., 1:, :] - y[..., :-1, :], x[..., 1:, :] - x[..., :-1, :])
-    total = l1 + 0.5 * (dx + dy) + F.mse_loss(y, x) + colour_loss(x, posterior.mean)
-    return total + KL * posterior.kl().mean(), l1
+def losses(x: torch.Tensor, mask: torch.Tensor, y: torch.Tensor, posterior) -> tuple[torch.Tensor, torch.Tensor]:
+    """L1 + L1 of image gradients + squares, objects weighing OBJECT times as much, + patch colours + a tiny KL.
+
+    Also the plain L1 for the log. Objects fill a fifth of a scene: unweighted, textures get what the latents can hold.
+    """
+    weight = torch.where(mask[:, None], OBJECT, 1.0)
+    weight = weight / weight.mean()
+    off = y - x
+    dx = (off[..., 1:] - off[..., :-1]).abs() * weight[..., 1:]
+    dy = (off[..., 1:, :] - off[..., :-1, :]).abs() * weight[..., 1:, :]
+    total = ((off.abs() + off.square()) * weight).mean() + 0.5 * (dx.mean() + dy.mean())
+    return total + colour_loss(x, posterior.mean) + KL * posterior.kl().mean(), off.abs().mean()
 
 
 def preview(vae: AutoencoderKL, name: str) -> float:
@@ -77,7 +83,7 @@ def preview(vae: AutoencoderKL, name: str) -> float:
 
 def train(steps: int = STEPS, minutes: float = 90) -> None:
     """Train the autoencoder on train scenes; ends, annealed, after `steps` or `minutes`, whichever is first."""
-    images, _ = split("train")
+    images, masks = split("train")[0], object_masks("train")
     split("heldout")
     torch.manual_seed(0)
     vae = AutoencoderKL(**CONFIG).to(memory_format=torch.channels_last)
@@ -99,9 +105,13 @@ def train(steps: int = STEPS, minutes: float = 90) -> None:
         for group in optimizer.param_groups:
             group["lr"] = RATE * rate(step, progress)
         generator = torch.Generator().manual_seed(step)
-        x = to_float(images[torch.randint(len(images), (BATCH,), generator=generator)])
-        posterior = vae.encode(x).latent_dist
-        loss, l1 = losses(x, vae.decode(posterior.sample(generator)).sample, posterior)
+        pick = torch.randint(len(images), (BATCH,), generator=generator)
+        x = to_float(images[pick])
+        with torch.autocast("cpu", torch.bfloat16):
+            moments = vae.encode(x).latent_dist.parameters.float()
+            posterior = DiagonalGaussianDistribution(moments)
+            y = vae.decode(posterior.sample(generator)).sample.float()
+        loss, l1 = losses(x, masks[pick], y, posterior)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -120,18 +130,25 @@ def train(steps: int = STEPS, minutes: float = 90) -> None:
 def normalise(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Give every latent channel zero mean and one common spread, folded into the two 1x1 convolutions.
 
-    The autoencoder's output is unchanged; the latents become easier to model.  The posterior's spread, which the KL
-    term keeps wide in training, is divided by SHARPEN.  Returns the shift and the scale.
+    The autoencoder's output is unchanged; the latents become easier to model.  Returns the shift and the scale.
     """
     total = (mean.var((0, 2, 3)) + (std ** 2).mean((0, 2, 3))).sqrt()
     shift, scale = mean.mean((0, 2, 3)), total.log().mean().exp() / total
     enc, dec = vae.quant_conv, vae.post_quant_conv
     enc.weight[:4] *= scale.view(4, 1, 1, 1)
     enc.bias[:4] = (enc.bias[:4] - shift) * scale
-    enc.bias[4:] += 2 * scale.log() - 2 * math.log(SHARPEN)
+    enc.bias[4:] += 2 * scale.log()
     dec.bias += dec.weight[:, :, 0, 0] @ shift
     dec.weight /= scale.view(1, 4, 1, 1)
     return shift, scale
+
+
+@torch.no_grad()
+def encoded(vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means and spreads (N, 4, 16, 16) of the posteriors of the train split."""
+    images, _ = split("train")
+    parts = [vae.encode(to_float(images[at:at + 100])).latent_dist for at in range(0, len(images), 100)]
+    return torch.cat([p.mean for p in parts]).contiguous(), torch.cat([p.std for p in parts]).contiguous()
 
 
 @torch.no_grad()
@@ -140,22 +157,15 @@ def cache_latents() -> None:
     if (WORK / "latents.safetensors").exists():
         return say("latents: already cached")
     vae = load_vae()
-    images, _ = split("train")
-    means, stds = [], []
-    for start in range(0, len(images), 100):
-        posterior = vae.encode(to_float(images[start:start + 100])).latent_dist
-        means.append(posterior.mean)
-        stds.append(posterior.std)
-    mean, std = torch.cat(means), torch.cat(stds)
-    probe = to_float(images[:8])
+    mean, std = encoded(vae)
+    probe = to_float(split("train")[0][:8])
     before = vae.decode(vae.encode(probe).latent_dist.mode()).sample
-    shift, scale = normalise(vae, mean, std)
+    shift, scale = (v.view(1, 4, 1, 1) for v in normalise(vae, mean, std))
     change = (vae.decode(vae.encode(probe).latent_dist.mode()).sample - before).abs().max().item()
-    mean, std = (mean - shift.view(1, 4, 1, 1)) * scale.view(1, 4, 1, 1), std * scale.view(1, 4, 1, 1) / SHARPEN
+    mean, std = (mean - shift) * scale, std * scale
     factor = 1 / (mean.var() + (std ** 2).mean()).sqrt().item()
-    _, meta = load_tensors(CHECKPOINT)
-    save_tensors(FINAL, vae.state_dict(), {**meta, "scaling_factor": factor})
-    save_tensors(WORK / "latents.safetensors", {"mean": mean.contiguous(), "std": std.contiguous()})
+    save_tensors(FINAL, vae.state_dict(), {**load_tensors(CHECKPOINT)[1], "scaling_factor": factor})
+    save_tensors(WORK / "latents.safetensors", {"mean": mean, "std": std})
     say(f"latents: {tuple(mean.shape)}, scaling_factor {factor:.4f}, change by folding {change:.1e}, "
         f"channel std {[round(v, 3) for v in (mean * factor).std((0, 2, 3)).tolist()]}, "
         f"mean posterior std x factor {std.mean().item() * factor:.4f}")
@@ -163,7 +173,7 @@ def cache_latents() -> None:
 
 def refine_decoder(steps: int = 2500, minutes: float = 20) -> None:
     """Train the decoder alone on fixed latents; ends, annealed, after `steps` or `minutes`."""
-    images, _ = split("train")
+    images, masks = split("train")[0], object_masks("train")
     vae = load_vae()
     meta = load_tensors(DECODER if DECODER.exists() else FINAL)[1]
     if meta.get("decoder_done"):
@@ -180,10 +190,13 @@ def refine_decoder(steps: int = 2500, minutes: float = 20) -> None:
         for group in optimizer.param_groups:
             group["lr"] = 0.5 * RATE * rate(step, progress)
         generator = torch.Generator().manual_seed(30_000_000 + step)
-        x = to_float(images[torch.randint(len(images), (BATCH,), generator=generator)])
+        pick = torch.randint(len(images), (BATCH,), generator=generator)
+        x = to_float(images[pick])
         with torch.no_grad():
             posterior = vae.encode(x).latent_dist
-        loss, l1 = losses(x, vae.decode(posterior.sample(generator)).sample, posterior)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = vae.decode(posterior.sample(generator)).sample.float()
+        loss, l1 = losses(x, masks[pick], y, posterior)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)

@@ -76,7 +76,7 @@ KINDS = (("plain", 0.62), ("property", 0.20), ("pair", 0.13), ("accessory", 0.05
 
 #: Seeds.  A scene is a function of its seed and of the pool of sprites it draws from.
 SPLITS = {
-    "train": {"first_seed": 0, "count": 20000, "pool": "known"},
+    "train": {"first_seed": 0, "count": 40000, "pool": "known"},
     "heldout": {"first_seed": 1_000_000, "count": 1000, "pool": "known"},
     "clip_train": {"first_seed": 2_000_000, "count": 20000, "pool": "all"},
     "clip_heldout": {"first_seed": 3_000_000, "count": 1000, "pool": "all"},
