@@ -5,9 +5,15 @@ orthonormality by 1 %."""
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+
+
+def without_autocast(device: torch.device):
+    """A context in which products keep their operands' precision; tensors without storage have none to lose."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def precise(x: Tensor) -> Tensor:
@@ -51,7 +57,7 @@ def cayley(down: Tensor, up: Tensor, backward: str = "custom") -> tuple[Tensor, 
     that V below is the transposed inverse of the paper's I + Z and only one r x r system is solved.
     """
     r, n = down.shape[-2:]
-    with torch.autocast(down.device.type, enabled=False):
+    with without_autocast(down.device):
         down, up = precise(down), precise(up)
         K = down[..., :r] - down[..., :r].mT
         Y = torch.cat([down[..., r:], up], dim=-1)

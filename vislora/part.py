@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Method
+from .linalg import without_autocast
 from .site import Site
 from .tap import tap_of
 from .update import Update
@@ -84,7 +85,7 @@ class Part(nn.Module):
 
     def forward(self) -> list[Update]:
         """One Update for each site, in the order of `sites`; differentiable."""
-        with torch.autocast(self.sites[0].module.weight.device.type, enabled=False):
+        with without_autocast(self.sites[0].module.weight.device):
             updates: list[Update | None] = [None] * len(self.sites)
             for group in self._groups():
                 if len(group) == 1:

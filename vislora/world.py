@@ -9,6 +9,7 @@ from vislora.config import read_yaml
 from vislora.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
+TINY_SD = ROOT / "assets" / "world" / "tiny-sd"
 
 
 def defaults(script: str) -> dict[str, Any]:

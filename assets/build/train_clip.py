@@ -131,8 +131,10 @@ def train(steps: int = STEPS, minutes: float = 25) -> None:
         rng = torch.Generator().manual_seed(20_000_000 + step)
         pick = torch.randint(len(images), (BATCH,), generator=rng)
         model.train()
-        image = model.encode_image(augment(to_float(images[pick]), rng), normalize=True)
-        logits = model.logit_scale.exp() * image @ model.encode_text(ids[pick], normalize=True).T
+        with torch.autocast("cpu", torch.bfloat16):
+            image = model.encode_image(augment(to_float(images[pick]), rng)).float()
+            text = model.encode_text(ids[pick]).float()
+        logits = model.logit_scale.exp() * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
         target = torch.arange(BATCH)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         optimizer.zero_grad()

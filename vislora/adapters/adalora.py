@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .. import linalg
 from ..update import Update
 from ._method import Method, require, require_fit, require_rank
 
@@ -78,7 +79,7 @@ class AdaLoRA(Method):
         return Update(up=scale * t.B * t.E, down=t.A)
 
     def penalty(self, sites: Sequence[SimpleNamespace], max_lr: float) -> Tensor:
-        with torch.autocast(sites[0].A.device.type, enabled=False):
+        with linalg.without_autocast(sites[0].A.device):
             grams = [gram for t in sites for gram in (t.A @ t.A.mT, t.B.mT @ t.B)]
             eye = torch.eye(self.start_rank, dtype=grams[0].dtype, device=grams[0].device)
             return self.orth_reg_weight * torch.stack([torch.linalg.matrix_norm(g - eye) for g in grams]).mean()

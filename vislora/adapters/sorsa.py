@@ -60,7 +60,7 @@ class SORSA(Method):
         return Update(self.scale * t.B * t.S, t.A, minus=Update(self.scale * t.B0 * t.S0, t.A0))
 
     def penalty(self, sites: Sequence[SimpleNamespace], max_lr: float) -> Tensor:
-        with torch.autocast(sites[0].A.device.type, enabled=False):
+        with linalg.without_autocast(sites[0].A.device):
             grams = [gram for t in sites for gram in (t.A @ t.A.mT, t.B.mT @ t.B)]
             eye = torch.eye(self.rank, dtype=grams[0].dtype, device=grams[0].device)
             # matrix_norm's gradient is 0 at exact orthonormality; the root of a sum of squares would give NaN there
