@@ -287,7 +287,7 @@ class Run:
         card = run_card(self.folder.path, self.options, certificate, grid, self.models.pipeline_class)
         self.folder.readme.write_text(card, encoding="utf-8")
         print(f"\nadapter    {self.folder.adapter}")
-        print(f"diffusers  {file} (at most {lost:.1%} of a layer lost; read back by stock diffusers, off by {error:.0e})")
+        print(f"diffusers  {file} (lost: {lost:.1%} of a layer; read back by stock diffusers, off by {error:.0e})")
         if share is not None:
             print(f"bound      at most {share:.1%} of any layer's bound is in use")
         print(f"look at    {grid or self.folder.path}")
