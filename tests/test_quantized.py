@@ -146,7 +146,7 @@ def test_every_check_of_the_base_is_there():
 
 def one(kind: str, dtype=torch.float32, **options) -> nn.Module:
     torch.manual_seed(0)
-    return quantize(nn.Sequential(nn.Linear(64, 96).to(dtype)), kind, **options).train()[0]
+    return quantize(nn.Sequential(nn.Linear(128, 96).to(dtype)), kind, **options).train()[0]
 
 
 @pytest.mark.parametrize(
@@ -165,13 +165,13 @@ def test_the_weight_read_is_the_one_that_is_computed_with(kind, dtype, options):
     packed = layer.weight.data.clone()
     for _ in range(2):  # 8-bit layers move their scales at the first call
         weight = dequantized(layer)
-        assert weight.shape == (96, 64) and weight.dtype == torch.float32 and is_quantized(layer)
+        assert weight.shape == (96, 128) and weight.dtype == torch.float32 and is_quantized(layer)
         layer.bias.data = layer.bias.data.float()
         with torch.no_grad():
-            computed = (layer(torch.eye(64)) - layer.bias).mT
+            computed = (layer(torch.eye(128)) - layer.bias).mT
         close(weight, computed, 1e-6)
     assert torch.equal(layer.weight.data.view(torch.uint8), packed.view(torch.uint8))
-    assert (weight - nn.Linear(64, 96).weight).norm() > 0.1, "another weight is another"
+    assert (weight - nn.Linear(128, 96).weight).norm() > 0.1, "another weight is another"
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -180,7 +180,7 @@ def test_weights_repacked_for_a_cpu_are_read_too(nested):
     layer = one("nf4", compress_statistics=nested).eval()
     before, shape = dequantized(layer), layer.weight.shape
     layer.support_avx512bf16_for_cpu = True
-    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         out = layer(x)
     assert layer.weight.shape != shape, "was not repacked"
