@@ -14,7 +14,7 @@ import vislora
 from vislora.adapters import get
 from vislora.diffusion.verify import exported_error
 from vislora.errors import EnvironmentFault, InputError
-from vislora.export import CERTIFICATE, LORA_FILE
+from vislora.export import CERTIFICATE, LORA_FILE, read_certificate
 from vislora.io import read, write
 from vislora.measure import norms
 
@@ -144,3 +144,109 @@ def test_what_the_layout_cannot_hold_is_refused(pipe, tmp_path):
     write({"unet.nowhere.lora_A.weight": torch.zeros(2, 4), "unet.nowhere.lora_B.weight": torch.zeros(4, 2)}, {}, file)
     with pytest.raises(InputError, match="1 of its 1 layers are not in UNet2DConditionModel"):
         vislora.load(pipe, tmp_path, name="nowhere")
+
+
+def factors_of(tensors, site):
+    key = site.replace("text_encoder.", "text_encoder.text_model.")
+    return tensors[f"{key}.lora_B.weight"].double(), tensors[f"{key}.lora_A.weight"].double()
+
+
+@pytest.mark.parametrize("method", vislora.methods())
+def test_squeezed_exports_are_the_best_of_their_rank(pipe, method, tmp_path):
+    adapter = moved(vislora.attach({"unet": pipe.unet}, get(method)(rank=4)))
+    file = adapter.export(tmp_path, rank=2)
+    tensors, stated = read(file)[0], read_certificate(file)
+    assert stated["ranks"] == {"unet": 2} and 0 < stated["largest_lost"] < 1
+    assert stated["largest_lost"] == max(m["lost"] for m in stated["modules"].values())
+    for name, site, _, update in adapter.site_updates():
+        up, down = update.factors()
+        U, S, Vh = torch.linalg.svd(up.double() @ down.double(), full_matrices=False)
+        best = U[:, :2] * S[:2] @ Vh[:2]
+        B, A = factors_of(tensors, name)
+        assert A.shape == (2, site.n) and B.shape == (site.m, 2)
+        assert (B @ A - best).norm() < 1e-5 * S.norm()
+        lost = (S[2:].norm() / S.norm()).item()
+        assert abs(stated["modules"][name]["lost"] - lost) < 1e-6
+        if update.magnitude is None:  # with one, the norm is of the rescaled weight's change
+            assert abs(stated["modules"][name]["spectral"] - S[0].item()) < 1e-5 * S[0].item()
+        else:
+            assert torch.equal(tensors[f"{name}.lora_magnitude_vector"], update.magnitude)
+    assert exported_error(pipe, adapter, tmp_path, rank=2) < 1e-5
+    with pytest.raises(EnvironmentFault, match="off"):  # against what was not exported
+        exported_error(pipe, adapter, tmp_path)
+
+
+def test_a_squeezed_bound_still_holds(pipe, tmp_path):
+    adapter = moved(vislora.attach({"unet": pipe.unet}, "nb_lora", rank=4, p=1, delta=0.5))
+    whole = read_certificate(adapter.export(tmp_path))
+    file = adapter.export(tmp_path, rank=2)
+    stated = read_certificate(file)
+    for name, of_module in stated["modules"].items():
+        B, A = factors_of(read(file)[0], name)
+        assert abs(torch.linalg.svdvals(B @ A).sum().item() - of_module["norm"]) < 1e-5
+        assert of_module["norm"] < whole["modules"][name]["norm"] <= of_module["bound"] * (1 + 1e-5)
+    assert stated["largest_share"] < whole["largest_share"] and whole["largest_lost"] == 0
+
+
+def test_a_rank_that_is_not_smaller_changes_nothing(pipe, tmp_path):
+    adapter = moved(vislora.attach({"unet": pipe.unet}, "pissa", rank=2))
+    plain, header = read(adapter.export(tmp_path / "plain"))
+    for rank in (4, 40):
+        same, stated = read(adapter.export(tmp_path / "same", rank=rank))
+        assert same.keys() == plain.keys() and all(torch.equal(t, plain[name]) for name, t in same.items())
+        assert stated == header
+    assert all(len(t) == 4 for name, t in plain.items() if "lora_A" in name)
+    less = read(adapter.export(tmp_path / "less", rank=3))[0]
+    assert all(len(t) == 3 for name, t in less.items() if "lora_A" in name)
+    for rank in (0, -1, 1.5, True):
+        with pytest.raises(InputError, match=f"rank: {rank} is not a positive whole number"):
+            adapter.export(tmp_path / "none", rank=rank)
+    assert not (tmp_path / "none").exists()
+
+
+def test_od_lora_needs_half_its_columns_right_after_a_refresh(pipe, tmp_path):
+    method = get("od_lora")(rank=3, init_rounds=1, init_steps=1, refresh_phases=2)
+    adapter = vislora.attach({"unet": pipe.unet}, method)
+    optimizer = torch.optim.AdamW(adapter.param_groups(1e-2))
+    adapter.bind(optimizer, 4)  # refreshed after every step of the first half, then after every second one
+    ids = pipe.tokenizer(["a b"], padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        text = pipe.text_encoder(ids)[0]
+
+    def closure():
+        x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(adapter.step))
+        loss = (pipe.unet(x, torch.tensor([500]), text).sample - x).square().mean()
+        loss.backward()
+        return loss
+
+    adapter.prepare(closure)
+    ranks = []
+    for step in range(1, 5):
+        closure()
+        optimizer.step()
+        optimizer.zero_grad()
+        file = adapter.export(tmp_path)
+        stated = read_certificate(file)
+        ranks.append((method.refreshes(step, 4), stated["ranks"]["unet"]))
+        assert stated["largest_lost"] <= 1e-6 and exported_error(pipe, adapter, tmp_path) < 1e-5
+        for name, _, _, update in adapter.site_updates():
+            B, A = factors_of(read(file)[0], name)
+            assert (B @ A - update.product().double()).norm() <= 2e-6 * update.product().norm()
+    assert ranks == [(True, 3), (True, 3), (False, 6), (True, 3)]
+
+
+def test_only_what_rounding_left_is_dropped(pipe, tmp_path):
+    adapter = moved(vislora.attach({"unet": pipe.unet}, "lora", rank=4))
+    first = adapter.sites[0]
+    for exponent, rank in ((-5, 4), (-8, 3)):  # the last column's share of every product but one
+        with torch.no_grad():
+            for name, t in adapter.named_parameters():
+                if name.endswith(".B") and not name.startswith(first):
+                    t[:, 3] = 10.0**exponent * torch.linalg.vector_norm(t[:, :3]) / t.shape[0] ** 0.5
+                elif name.endswith(".B"):
+                    t[:, 1:] = 0  # of rank one: padded to the others' rank
+        file = adapter.export(tmp_path)
+        assert read_certificate(file)["ranks"] == {"unet": rank}
+        assert {t.shape[0] for k, t in read(file)[0].items() if "lora_A" in k} == {rank}
+    untrained = vislora.attach({"unet": pipe.unet}, "lora", rank=4, name="untrained")
+    assert read_certificate(untrained.export(tmp_path))["ranks"] == {"unet": 4}, "zeros say nothing of a rank"

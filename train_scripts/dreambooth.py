@@ -30,7 +30,7 @@ from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 import vislora
-from vislora import adapters, config, measure, world
+from vislora import adapters, config, world
 from vislora.data.captions import check_tokens
 from vislora.diffusion import conditioning, loss, models, validation
 from vislora.diffusion.card import run_card
@@ -38,7 +38,7 @@ from vislora.diffusion.dataset import class_set, instance_set
 from vislora.diffusion.options import FREE_ON_RESUME, DreamBoothOptions
 from vislora.diffusion.verify import exported_error
 from vislora.errors import InputError, run_script
-from vislora.export import check_exportable
+from vislora.export import check_exportable, read_certificate
 from vislora.training import checkpoint, telemetry
 from vislora.training.cores import use_cores
 from vislora.training.dry_run import describe
@@ -270,24 +270,24 @@ class Run:
     def finish(self, log: telemetry.Log) -> None:
         """The adapter in our format and in diffusers', the proof that stock diffusers reads it, images, the card."""
         self.adapter.save(self.folder.adapter)
-        file = self.adapter.export(self.folder.path, "diffusers")
-        error = exported_error(self.sampler, self.adapter, self.folder.path)
+        file = self.adapter.export(self.folder.path, "diffusers", self.options.export_rank)
+        error = exported_error(self.sampler, self.adapter, self.folder.path, rank=self.options.export_rank)
         log.images(self.total, "samples", self.validation.draw(self.sampler, self.total))
         grid = self.validation.compare(self.total)
-        certificate = measure.certificate(self.adapter)
-        share = certificate["largest_share"]
+        certificate = read_certificate(file)  # of what the file holds
+        share, lost = certificate["largest_share"], certificate["largest_lost"]
         self.folder.write_metrics({
             "steps": self.total,
             "trainable_parameters": sum(p.numel() for p in self.adapter.parameters()),
             "largest_norm": certificate["largest_norm"],
-            "largest_share": share,
+            "largest_share": share, "largest_lost": lost,
             "diffusers_export_error": error,
             "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         })  # fmt: skip
         card = run_card(self.folder.path, self.options, certificate, grid, self.models.pipeline_class)
         self.folder.readme.write_text(card, encoding="utf-8")
         print(f"\nadapter    {self.folder.adapter}")
-        print(f"diffusers  {file} (read back by stock diffusers, off by {error:.0e})")
+        print(f"diffusers  {file} (lost: {lost:.1%} of a layer; read back by stock diffusers, off by {error:.0e})")
         if share is not None:
             print(f"bound      at most {share:.1%} of any layer's bound is in use")
         print(f"look at    {grid or self.folder.path}")

@@ -168,7 +168,8 @@ class Adapter:
             for site, update in zip(part.sites, part(), strict=True):
                 key = qualified(component, site.path)
                 if key not in out:
-                    out[key] = torch.zeros(site.module.weight.shape, device=site.module.weight.device)
+                    whole = site.module.out_features, site.module.in_features  # a quantized weight's shape is packed
+                    out[key] = torch.zeros(whole, device=site.module.weight.device)
                 rows = slice(None) if site.rows is None else site.rows
                 out[key][rows] += part.adapter_weight * update.dense(site.weight()).float()
         return out
@@ -266,11 +267,14 @@ class Adapter:
 
         return save(self, Path(folder))
 
-    def export(self, folder: str | Path, format: str = "diffusers") -> Path:
-        """Write a file that stock tools load. Returns the file's path. Raises InputError for what it cannot hold."""
+    def export(self, folder: str | Path, format: str = "diffusers", rank: int | None = None) -> Path:
+        """Write a file that stock tools load, squeezed to `rank` where that is smaller. Returns the file's path.
+
+        Raises InputError for what it cannot hold.
+        """
         from .export import export
 
-        return export(self, Path(folder), format)
+        return export(self, Path(folder), format, rank)
 
     @property
     def sites(self) -> list[str]:

@@ -14,9 +14,10 @@ from .adapter import Adapter
 from .adapters import get
 from .attach import build, components
 from .errors import InputError
-from .io import LORA_FILE, place, write
+from .io import LORA_FILE, place, read, write
 from .measure import certificate
-from .site import find_named
+from .site import find_named, qualified
+from .squeeze import squeeze
 
 # Components of SD 1.x/2.x by class name, for adapters on a bare module.
 _COMPONENT_OF = {"UNet2DConditionModel": "unet", "CLIPTextModel": "text_encoder"}
@@ -32,33 +33,44 @@ _KINDS = {
 CERTIFICATE = "vislora.certificate"
 
 
-def export(adapter: Adapter, folder: Path, format: str) -> Path:
+def export(adapter: Adapter, folder: Path, format: str, rank: int | None = None) -> Path:
     """Write `adapter` at strength 1 for other tools and return the file.
 
     format: "diffusers", read by `pipe.load_lora_weights(folder)` for SD 1.x and 2.x.
-    The whole scale is folded into lora_B, so that every reader's default (alpha = rank) is right; the header
-    carries the measured certificate under a key that other tools ignore.
-    Raises InputError for a format, a component or a method that the file cannot hold.
+    rank: squeeze every update to this rank, if it has a larger one; None loses nothing (see `vislora.squeeze`).
+    The whole scale is folded into the factors, so that every reader's default (alpha = rank) is right; the header
+    carries the measured certificate under a key that other tools ignore, with the norm that `rank` cost.
+    Raises InputError for a format, a rank, a component or a method that the file cannot hold.
     """
     if format != "diffusers":
         raise InputError("format", f"{format!r} is not written", "take diffusers")
     check_exportable(adapter)
+    squeezed = squeeze(adapter, rank)
     tensors: dict[str, Tensor] = {}
     for component, part in adapter.parts.items():
         prefix = component or _COMPONENT_OF[type(adapter.roots[component]).__name__]
-        with torch.no_grad():
-            updates = [update.detach() for update in part()]
-        rank = max(update.factors()[0].shape[-1] for update in updates)
-        for site, update in zip(part.sites, updates, strict=True):
+        for site in part.sites:
+            update = squeezed.updates[qualified(component, site.name)]
             up, down = update.factors()
             key = f"{prefix}.{_written_path(prefix, site.path)}"
             # One rank for a whole component: readers guess the scale from a single one.
-            tensors[f"{key}.lora_A.weight"] = _padded(down, 0, rank)
-            tensors[f"{key}.lora_B.weight"] = _padded(up, 1, rank)
+            tensors[f"{key}.lora_A.weight"] = _padded(down, 0, squeezed.ranks[component])
+            tensors[f"{key}.lora_B.weight"] = _padded(up, 1, squeezed.ranks[component])
             if update.magnitude is not None:
                 tensors[f"{key}.lora_magnitude_vector"] = update.magnitude.float().cpu().contiguous()
-    header = {"format": "pt", CERTIFICATE: json.dumps(certificate(adapter))}
+    header = {"format": "pt", CERTIFICATE: json.dumps(certificate(adapter, squeezed))}
     return write(tensors, header, folder / LORA_FILE)
+
+
+def read_certificate(file: Path) -> dict[str, Any]:
+    """What `export` stated in its file's header: `vislora.measure.certificate` of what the file holds.
+
+    Raises InputError for a file that has none.
+    """
+    _, header = read(file)
+    if CERTIFICATE not in header:
+        raise InputError(str(file), "holds no certificate", "give a file that adapter.export wrote")
+    return json.loads(header[CERTIFICATE])
 
 
 def check_exportable(adapter: Adapter) -> None:

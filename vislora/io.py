@@ -23,13 +23,15 @@ from .attach import build, components, shared_tensors
 from .errors import EnvironmentFault, InputError, near
 from .linalg import precise
 from .measure import fingerprint
+from .quantized import is_quantized
 from .site import Site, find_named, qualified
 
 log = logging.getLogger("vislora")
 FILE = "adapter.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _FORMAT = 1
-_NORM_TOLERANCE = 0.01  # bf16, fp16 and 4-bit copies of a base pass; another model does not
+_NORM_TOLERANCE = 0.01  # bf16 and fp16 copies of a base pass, another model does not
+_QUANTIZED_TOLERANCE = 0.04  # nf4 and fp4 move most norms by 0.1 %, those of small or evenly spread weights by 2.6 %
 
 
 def save(adapter: Adapter, folder: Path) -> Path:
@@ -133,6 +135,7 @@ def _load_own(model, file: Path, tensors: dict[str, Tensor], text: str, name: st
         options, shapes = dict(config["options"]), dict(config["base"]["shapes"])
         kinds = {str(name): bool(trains) for name, trains in config["tensors"].items()}
         saved_norms, seed, prefixes = dict(config["base"]["norms"]), config["seed"], list(config["components"])
+        on_quantized = bool(config["base"].get("quantized"))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(str(file), f"has a damaged header ({error!r})", "copy it again") from None
     if version != _FORMAT:
@@ -170,7 +173,7 @@ def _load_own(model, file: Path, tensors: dict[str, Tensor], text: str, name: st
         wrong = f"{len(tensors)} tensors belong to no layer: {', '.join(sorted(tensors)[:5])}"
         raise InputError(str(file), wrong, "copy it again")
     if not allow_other_base:
-        _require_base(saved_norms, renamed, file)
+        _require_base(saved_norms, renamed, on_quantized, file)
     adapter = build(name, method_name, method, found, values, seed)
     for part in adapter.parts.values():
         part.prepared = True
@@ -228,11 +231,12 @@ def _require_all(names: list[str], sites: list[Site], root: nn.Module, file: Pat
         raise InputError(str(file), wrong + near(missing[0], known), "load it into the model it was trained on")
 
 
-def _require_base(saved: dict[str, float], sites: dict[str, Site], file: Path) -> None:
+def _require_base(saved: dict[str, float], sites: dict[str, Site], on_quantized: bool, file: Path) -> None:
     off = []
     for name, norm in saved.items():
         own = torch.linalg.vector_norm(sites[name].weight()).item()
-        if not math.isclose(own, norm, rel_tol=_NORM_TOLERANCE):
+        rounded = on_quantized or is_quantized(sites[name].module)
+        if not math.isclose(own, norm, rel_tol=_QUANTIZED_TOLERANCE if rounded else _NORM_TOLERANCE):
             off.append(f"{name} has norm {own:.4g}, the adapter's base {norm:.4g}")
     if off:
         wrong = f"was trained on another base ({len(off)} of {len(saved)} weights differ: {off[0]})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from . import linalg
+from .quantized import is_quantized
+from .squeeze import Squeezed, squeeze
+from .update import Update
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -45,11 +49,14 @@ class Norms:
 
 
 @torch.no_grad()
-def norms(adapter: Adapter) -> dict[str, Norms]:
-    """{site: Norms} for every site, of the update at strength 1, from float32 factors."""
+def norms(adapter: Adapter, instead: Mapping[str, Update] | None = None) -> dict[str, Norms]:
+    """{site: Norms} for every site, of the update at strength 1, from float32 factors.
+
+    instead: {site: Update} to measure in the place of the adapter's own, such as squeezed ones.
+    """
     out = {}
     for name, site, tensors, update in adapter.site_updates():
-        values = _singular_values(update, site)
+        values = _singular_values(update if instead is None else instead[name], site)
         bound = adapter.method.bound(tensors)
         p = 2.0 if bound is None else bound.p
         out[name] = Norms(
@@ -71,33 +78,44 @@ def _singular_values(update, site: Site) -> Tensor:
     return torch.linalg.svdvals(update.dense(site.weight()))
 
 
-def certificate(adapter: Adapter) -> dict[str, Any]:
+def certificate(adapter: Adapter, squeezed: Squeezed | None = None) -> dict[str, Any]:
     """What the exported file states: method, options, each module's measured norm and bound, the base's fingerprint.
 
-    Norms are of the update at strength 1. `largest_share` is None for a method that promises no bound.
+    squeezed: the updates that the file holds; None for those of its full rank. Norms are theirs, at strength 1; `lost`
+    is the share of the adapter's own norm that they lack. `largest_share` is None for a method that promises no bound.
     """
-    measured = norms(adapter)
+    squeezed = squeeze(adapter) if squeezed is None else squeezed
+    measured = norms(adapter, squeezed.updates)
     shares = [n.share for n in measured.values() if n.share is not None]
     return {
         "method": adapter.method_name,
         "options": adapter.method.options(),
         "modules": {
-            name: {"p": "inf" if n.p == math.inf else n.p, "norm": n.norm, "spectral": n.spectral, "bound": n.bound}
+            name: {
+                "p": "inf" if n.p == math.inf else n.p, "norm": n.norm, "spectral": n.spectral, "bound": n.bound,
+                "lost": squeezed.lost[name],
+            }  # fmt: skip
             for name, n in measured.items()
         },
+        "ranks": squeezed.ranks,
         "largest_norm": max(n.norm for n in measured.values()),
         "largest_spectral": max(n.spectral for n in measured.values()),
         "largest_share": max(shares) if shares else None,
+        "largest_lost": max(squeezed.lost.values()),
         "base": fingerprint(adapter),
     }
 
 
 def fingerprint(adapter: Adapter) -> dict[str, Any]:
-    """What a base is recognised by: its adapted modules' shapes, and the norms of up to 16 of their weights."""
+    """What a base is recognised by: its adapted modules' shapes, and the norms of up to 16 of their weights.
+
+    quantized: whether any of them is, so that norms are not expected to agree as closely.
+    """
     sites = [(n, s) for n, s, _, _ in adapter.site_updates()]
     step = max(1, len(sites) // _FINGERPRINT_WEIGHTS)
     return {
         "classes": {component: type(root).__name__ for component, root in adapter.roots.items()},
         "shapes": {name: [site.m, site.n] for name, site in sites},
+        "quantized": any(is_quantized(site.module) for _, site in sites),
         "norms": {n: torch.linalg.vector_norm(s.weight()).item() for n, s in sites[::step][:_FINGERPRINT_WEIGHTS]},
     }

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .errors import InputError
 from .part import Part
+from .quantized import is_quantized
 from .site import Site
 
 if TYPE_CHECKING:
@@ -25,13 +27,10 @@ def weight_gradients(
     closure() runs forward and backward. Gradients are moved to the CPU and freed layer by layer while the backward
     runs, so that the device holds one layer's at a time; they are float32 sums. Afterwards requires_grad, .grad of
     all weights, the adapter's gradients and the global random state are what they were.
-    Raises InputError for weights that have no gradient: quantized ones, and layers that the loss does not reach.
+    Of a quantized weight it is the gradient of the weight that it stands for.
+    Raises InputError for layers that the loss does not reach.
     """
     modules = {site.module: part for part in adapter.parts.values() for site in part.sites}
-    for module in modules:
-        if not module.weight.is_floating_point():
-            wrong = f"a weight of {module.weight.dtype} has no gradient"
-            raise InputError(adapter.method_name, wrong, "load the base unquantized for this start")
     sums: dict[nn.Module, Tensor] = {}
     with _watched(modules, sums), torch.random.fork_rng(_devices(modules)):
         for _ in range(calls):
@@ -49,21 +48,28 @@ def weight_gradients(
 @contextmanager
 def _watched(modules: dict[nn.Module, Part], sums: dict[nn.Module, Tensor]) -> Iterator[None]:
     """Inside, weights collect gradients, which are added to `sums` and freed as soon as they are whole."""
-    kept = {module: module.weight.grad for module in modules}
+    kept = {module: module.weight.grad for module in modules if not is_quantized(module)}
 
-    def collect(module: nn.Module) -> Callable[[Tensor], None]:
-        def take(weight: Tensor) -> None:
-            gradient = weight.grad.detach().to("cpu", torch.float32)
+    def collect(module: nn.Module) -> RemovableHandle:
+        def add(gradient: Tensor) -> None:
+            gradient = gradient.detach().to("cpu", torch.float32)
             sums[module] = sums[module] + gradient if module in sums else gradient.clone()
+
+        def take(weight: Tensor) -> None:
+            add(weight.grad)
             weight.grad = None
 
-        return take
+        def watch(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+            x = args[0] if args else kwargs["input"]
+            return _Outer.apply(output, x, torch.empty(0, requires_grad=True), add)
 
-    handles = []
-    for module in modules:
+        if is_quantized(module):  # before the tap, which adds to what the module itself returns
+            return module.register_forward_hook(watch, prepend=True, with_kwargs=True)
         module.weight.grad = None
         module.weight.requires_grad_(True)
-        handles.append(module.weight.register_post_accumulate_grad_hook(collect(module)))
+        return module.weight.register_post_accumulate_grad_hook(take)
+
+    handles = [collect(module) for module in modules]
     try:
         yield
     finally:
@@ -72,6 +78,28 @@ def _watched(modules: dict[nn.Module, Part], sums: dict[nn.Module, Tensor]) -> I
         for module, gradient in kept.items():
             module.weight.requires_grad_(False)
             module.weight.grad = gradient
+
+
+class _Outer(torch.autograd.Function):
+    """The identity on a linear's output (..., m), whose backward hands dL/dW (m, n) to `add`, for inputs (..., n).
+
+    The sum over tokens of outer(dL/dy, x) is what autograd would give a weight that it could differentiate by. The
+    input is kept as any saved tensor is, so that gradient checkpointing drops it too. `anchor`, an empty tensor that
+    requires a gradient, has the backward run where nothing before the layer does.
+    """
+
+    @staticmethod
+    def forward(ctx, output: Tensor, x: Tensor, anchor: Tensor, add: Callable[[Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.add = add
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        (x,) = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            ctx.add(dy.reshape(-1, dy.shape[-1]).float().mT @ x.reshape(-1, x.shape[-1]).float())
+        return dy, None, None, None
 
 
 @contextmanager

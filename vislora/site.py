@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError, near
+from .quantized import require_readable
 
 _SLICES = ("q", "k", "v")  # the three equal row blocks of a fused projection, in timm's order
 
@@ -38,7 +39,10 @@ class Site:
         return self.module.in_features
 
     def weight(self) -> Tensor:
-        """The base weight (m, n), detached, float32 or float64, also while adapters are merged into the module."""
+        """The base weight (m, n), detached, float32 or float64, also while adapters are merged into the module.
+
+        A quantized one is dequantised in float32.
+        """
         from .tap import base_weight
 
         weight = base_weight(self.module)
@@ -76,7 +80,8 @@ def find(model: nn.Module, targets: str | Iterable[str] | None) -> list[Site]:
     """The sites of `model` that `targets` names, in the model's own order.
 
     targets: a preset, a list of name suffixes, a regular expression for whole names, or None for the model's preset.
-    Raises InputError if nothing matches (with near misses), or if a target names something that is not a linear.
+    Raises InputError if nothing matches (with near misses), or if a target names something that is not a linear, or
+    one whose weight cannot be read.
     """
     sites = _candidates(model)
     if targets is None:
@@ -88,6 +93,8 @@ def find(model: nn.Module, targets: str | Iterable[str] | None) -> list[Site]:
     if twice:
         wrong = f"{min(twice)} is named whole and by a slice"
         raise InputError("targets", wrong, "name the whole matrix or its slices, not both")
+    for site in found:
+        require_readable(site.name, site.module)
     return found
 
 
@@ -193,6 +200,12 @@ def _leaf(name: str) -> str:
 
 
 def find_named(model: nn.Module, names: Iterable[str]) -> list[Site]:
-    """The sites with exactly these names, in the model's order; names that the model lacks are left out."""
+    """The sites with exactly these names, in the model's order; names that the model lacks are left out.
+
+    Raises InputError for a weight that cannot be read.
+    """
     wanted = set(names)
-    return [site for name, site in _candidates(model).items() if name in wanted]
+    found = [site for name, site in _candidates(model).items() if name in wanted]
+    for site in found:
+        require_readable(site.name, site.module)
+    return found

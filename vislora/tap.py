@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import InputError
+from .quantized import dequantized, is_quantized
 
 if TYPE_CHECKING:
     from .part import Part
@@ -125,9 +126,14 @@ def taps_of(part: Part) -> list[Tap]:
 
 
 def base_weight(module: nn.Module) -> Tensor:
-    """The module's weight (out, in) as it was before anything was merged, detached, in its own dtype."""
+    """The module's weight (out, in) as it was before anything was merged, detached, in its own dtype.
+
+    Of a quantized module: what it computes with, float32, made anew at every call.
+    """
     tap = tap_of(module)
-    return module.weight.detach() if tap is None or tap.base is None else tap.base
+    if tap is not None and tap.base is not None:
+        return tap.base
+    return dequantized(module) if is_quantized(module) else module.weight.detach()
 
 
 class RootHook:
@@ -184,10 +190,10 @@ def part_holder(root: nn.Module, first: nn.Module) -> nn.Module:
 
 
 def require_float_weights(part: Part) -> None:
-    """Raise InputError unless every adapted weight is of a floating-point type that can be rewritten."""
+    """Raise InputError if an adapted weight is quantized: rounding it anew would lose the delta."""
     for site in part.sites:
-        if not site.module.weight.is_floating_point():
-            wrong = f"the weight of {site.name} is {site.module.weight.dtype}"
+        if is_quantized(site.module):
+            wrong = f"the weight of {site.name} is quantized ({type(site.module).__name__})"
             raise InputError("merge", wrong, "load the base in bf16 or fp32 and the adapter into it, then merge")
 
 

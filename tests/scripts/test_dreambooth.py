@@ -19,6 +19,7 @@ from tiny_sd import tiny_sd
 
 import vislora
 from vislora.errors import run_script
+from vislora.export import CERTIFICATE
 from vislora.io import LORA_FILE, read
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -235,6 +236,16 @@ def test_a_prompt_that_is_cut_is_warned_of_once(run, caplog):
     assert len(warned) == 2 and "bbb" in warned[0] and "c c" in warned[1]
 
 
+def test_the_exported_file_is_squeezed_and_the_loss_is_told(run, capsys):
+    run("--adapter", "pissa", "--learning_rate", "0.01", "--export_rank", "3")
+    tensors, header = read(Path("runs/0001") / LORA_FILE)
+    assert {len(t) for name, t in tensors.items() if "lora_A" in name} == {3}  # of 2 x 2
+    lost = json.loads((Path("runs/0001") / "metrics.json").read_text())["largest_lost"]
+    assert 0 < lost < 1 and lost == json.loads(header[CERTIFICATE])["largest_lost"]
+    assert f"lost: {lost:.1%} of a layer" in capsys.readouterr().out
+    assert "| export\\_rank | 3 |" in Path("runs/0001/README.md").read_text()
+
+
 def test_dry_run_writes_nothing(run, place, capsys):
     run("--dry_run", "--adapter", "nb_lora", "--delta", "2")
     said = capsys.readouterr().out
@@ -272,6 +283,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(run, place, capsys, model):
         (("--resume_from_checkpoint", "latest"), ("output_dir",)),
         (("--learning_rate", "nan"), ("learning_rate", "nan")),
         (("--train_batch_size", "0"), ("train_batch_size", "0")),
+        (("--export_rank", "0"), ("export_rank", "0")),
         (("--with_prior_preservation",), ("--class_prompt",)),
         (("--mixed_precision", "fp16"), ("fp16", "bf16")),
         (("--pretrained_model_name_or_path", "nowhere/at/all"), ("nowhere",)),

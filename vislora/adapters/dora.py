@@ -23,6 +23,8 @@ class DoRA(LoRA):
     Export rank: r, with c beside it; no plain LoRA file can hold it.
     Differs from the paper: the paper writes weights (in, out) and norms columns; for torch's (out, in) these are
     rows, one norm per output, as in the authors' code. With dropout, the frozen part sees the undropped input.
+    Over a quantized base every training step dequantises each W in float32, for the norms of its rows, one layer at a
+    time; with detach_norm = False all of them are held until the backward.
     """
 
     roles: ClassVar[Mapping[str, str]] = {"A": "down", "B": "up", "c": "magnitude"}

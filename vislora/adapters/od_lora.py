@@ -26,7 +26,7 @@ class ODLoRA(Method):
 
     Equation: dW = s (Qb A + B Qa^T), Qa (n, r) and Qb (m, r) orthonormal bases of A^T and B, s = alpha / sqrt(r).
     Parameters per layer: r (m + n).
-    Export rank: 2r.
+    Export rank: 2r, or r right after a refresh.
     Differs from the paper: refreshes run where t mod ceil(phases t / T) = 0, which is what its schedule must mean, and
     their QR has diag(R) >= 0: without that a basis may flip by a column's sign and dW with it. The warm-up runs at the
     largest learning rate with the schedule standing still. Bases are saved, so that a reload between two refreshes is

@@ -17,7 +17,7 @@ FREE_ON_RESUME = frozenset({
     "max_train_steps", "num_train_epochs", "validation_prompt", "num_validation_images", "validation_steps",
     "validation_inference_steps", "output_dir", "logging_steps", "report_to", "checkpointing_steps",
     "checkpoints_total_limit", "resume_from_checkpoint", "dry_run", "sample_batch_size", "class_data_dir",
-    "cpu_threads", "instance_data_dir", "pretrained_model_name_or_path",
+    "cpu_threads", "instance_data_dir", "pretrained_model_name_or_path", "export_rank",
 })  # fmt: skip
 
 
@@ -62,6 +62,9 @@ class DreamBoothOptions:
         group=_ADAPTER, aliases=("lora_layers",),
     )  # fmt: skip
     train_text_encoder: bool = option(False, "adapt the text encoder too", group=_ADAPTER)
+    export_rank: int | None = option(
+        None, "squeeze the exported file to this rank by truncated SVD; none: nothing is lost", group=_ADAPTER
+    )
 
     train_batch_size: int = option(4, "photos a step and process", group=_TRAIN)
     gradient_accumulation_steps: int = option(1, "batches an optimizer step", group=_TRAIN)
@@ -111,7 +114,7 @@ class DreamBoothOptions:
             "crop_variants", "num_class_images", "sample_batch_size", "train_batch_size", "logging_steps",
             "gradient_accumulation_steps", "num_train_epochs", "num_validation_images", "validation_inference_steps",
             "checkpointing_steps", "cpu_threads", "max_train_steps", "validation_steps", "checkpoints_total_limit",
-            "resolution",
+            "resolution", "export_rank",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:

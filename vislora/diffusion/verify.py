@@ -13,6 +13,8 @@ from vislora.adapter import Adapter
 from vislora.errors import EnvironmentFault
 from vislora.export import LORA_FILE
 from vislora.site import Site
+from vislora.squeeze import squeeze
+from vislora.tap import base_weight
 from vislora.update import Update
 
 _NAME = "vislora_check"
@@ -20,48 +22,55 @@ log = logging.getLogger("vislora")
 
 
 @torch.no_grad()
-def exported_error(pipeline, adapter: Adapter, folder: Path, tolerance: float = 1e-3) -> float:
+def exported_error(
+    pipeline, adapter: Adapter, folder: Path, tolerance: float = 1e-3, rank: int | None = None
+) -> float:
     """Load folder/pytorch_lora_weights.safetensors by `pipeline.load_lora_weights`, compare, and unload it again.
 
     The pipeline is the one that `adapter` (on its UNet, perhaps its text encoder) is attached to. Returns the largest
-    relative difference, over all modules, between the delta that diffusers applies and the adapter's at strength 1,
-    both from factors in the model's precision, which is what diffusers casts a file to.
+    relative difference, over all modules, between the delta that diffusers applies and the one that was exported, the
+    adapter's at strength 1, squeezed to `rank`; both from factors in the precision that diffusers casts the file to.
     EnvironmentFault if it exceeds `tolerance`, or if diffusers skipped a module.
     """
-    ours = {name: _rounded(update, site).dense(site.weight()) for name, site, _, update in adapter.site_updates()}
+    updates = squeeze(adapter, rank).updates
+    sites = {name: site for name, site, _, _ in adapter.site_updates()}
     with adapter.disabled(), adapter.hidden(), _quiet_loaders():
         pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=_NAME)
         try:
             theirs = _loaded_deltas(pipeline, adapter)
         finally:
             pipeline.unload_lora_weights()
-    missing = sorted(ours.keys() - theirs.keys())
+    missing = sorted(updates.keys() - theirs.keys())
     file = str(folder / LORA_FILE)
     if missing:
-        wrong = f"diffusers did not load {len(missing)} of {len(ours)} modules: {missing[0]}"
+        wrong = f"diffusers did not load {len(missing)} of {len(updates)} modules: {missing[0]}"
         raise EnvironmentFault(file, wrong, "report it; the adapter/ folder is whole")
-    worst = max(_difference(ours[name], theirs[name]) for name in ours)
-    if not worst <= tolerance:
+    errors = []
+    for name, update in updates.items():
+        delta, dtype = theirs[name]
+        errors.append(_difference(_rounded(update, sites[name], dtype).dense(sites[name].weight()), delta))
+    worst = max(errors)
+    if not all(error <= tolerance for error in errors):
         wrong = f"diffusers applies a delta {worst:.1e} off"
         raise EnvironmentFault(file, wrong, "report it; the adapter/ folder is whole")
     return worst
 
 
-def _loaded_deltas(pipeline, adapter: Adapter) -> dict[str, Tensor]:
-    """{module name as in `Adapter.deltas`: the delta that PEFT's layer applies}, float32."""
+def _loaded_deltas(pipeline, adapter: Adapter) -> dict[str, tuple[Tensor, torch.dtype]]:
+    """{module name as in `Adapter.deltas`: the delta that PEFT's layer applies, float32, and its factors' dtype}."""
     found = {}
     for component, root in adapter.roots.items():
         where = root if component in ("", "unet") else getattr(pipeline, component)
         for name, module in where.named_modules():
             if _NAME not in getattr(module, "lora_A", {}):
                 continue
-            found[f"{component}.{name}" if component else name] = _layer_delta(module)
+            key = f"{component}.{name}" if component else name
+            found[key] = _layer_delta(module), module.lora_A[_NAME].weight.dtype
     return found
 
 
-def _rounded(update: Update, site: Site) -> Update:
-    """The update of the exported factors as they are after a cast to the weight's precision, in float32."""
-    dtype = site.module.weight.dtype
+def _rounded(update: Update, site: Site, dtype: torch.dtype) -> Update:
+    """The update of the exported factors as they are after a cast to `dtype`, in float32."""
     up, down = (factor.to(dtype).float() for factor in update.factors())
     magnitude = None if update.magnitude is None else update.magnitude.to(dtype).float()
     return Update(up, down, magnitude=magnitude).with_row_scale(site.weight())
@@ -73,7 +82,7 @@ def _layer_delta(layer: nn.Module) -> Tensor:
     delta = float(layer.scaling[_NAME]) * (up @ down)
     if _NAME not in layer.lora_magnitude_vector:
         return delta
-    weight = layer.get_base_layer().weight.float()
+    weight = base_weight(layer.get_base_layer()).float()
     moved = weight + delta
     return layer.lora_magnitude_vector[_NAME].weight.float()[:, None] * moved / moved.norm(dim=1, keepdim=True) - weight
 
