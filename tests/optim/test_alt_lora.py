@@ -89,15 +89,16 @@ def test_the_momentum_is_carried_into_the_new_partners_space():
     optimizer = AltLoRA([p.down, p.up], [p], lr=0.0, plus=False, betas=(0.9, 0.999), damping=0.0)
     give(p, noise(M, N))
     optimizer.step()
-    (A, B), (of_A, of_B) = values(p), [optimizer.state[t]["exp_avg"].clone() for t in (p.down, p.up)]
-    p.down.add_(noise(R, N, seed=21))
-    p.up.add_(noise(M, R, seed=22))
-    p.down.grad, p.up.grad = torch.zeros_like(p.down), torch.zeros_like(p.up)
-    optimizer.step()
-    new_A, new_B = values(p)
-    assert off(new_B @ optimizer.state[p.down]["exp_avg"], 0.9 * onto(new_B) @ B @ of_A) < 1e-10
-    carried = optimizer.state[p.up]["exp_avg"].mT @ new_A  # B's moments are kept transposed
-    assert off(carried, 0.9 * of_B.mT @ A @ onto(new_A.mT)) < 1e-10
+    for step in (20, 30):  # other factors and no gradient, twice
+        (A, B), (of_A, of_B) = values(p), [optimizer.state[t]["exp_avg"].clone() for t in (p.down, p.up)]
+        p.down.add_(noise(R, N, seed=step))
+        p.up.add_(noise(M, R, seed=step + 1))
+        p.down.grad, p.up.grad = torch.zeros_like(p.down), torch.zeros_like(p.up)
+        optimizer.step()
+        new_A, new_B = values(p)
+        assert off(new_B @ optimizer.state[p.down]["exp_avg"], 0.9 * onto(new_B) @ B @ of_A) < 1e-10
+        carried = optimizer.state[p.up]["exp_avg"].mT @ new_A  # B's moments are kept transposed
+        assert off(carried, 0.9 * of_B.mT @ A @ onto(new_A.mT)) < 1e-10
 
 
 def test_plus_is_adam_on_the_projected_gradients():

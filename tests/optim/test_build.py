@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
@@ -213,7 +216,6 @@ def test_bf16_factors_take_the_float32_step_rounded_once(variant):
 
 @each_variant
 def test_step_hooks_run_once_and_gradients_stay(variant):
-    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # from now on torch's own step carries hooks
     task, calls = Task("dora", variant, 0.01), []
     task.optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
     task.optimizer.register_step_post_hook(lambda *_: calls.append("after"))
@@ -222,6 +224,44 @@ def test_step_hooks_run_once_and_gradients_stay(variant):
     task.optimizer.step()
     assert calls == ["before", "after"] and task.adapter.step == 1
     assert all(torch.equal(p.grad, given[name]) for name, p in task.adapter.named_parameters())
+
+
+def test_step_hooks_run_once_where_torchs_own_step_had_hooks_before():
+    code = """
+import torch
+p, q = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+torch.optim.AdamW([p])
+from vislora.adapters import Pair
+from vislora.optim import ScaledAdamW
+optimizer, calls = ScaledAdamW([p, q], [Pair(p, q, 1.0)]), []
+optimizer.register_step_post_hook(lambda *_: calls.append(1))
+optimizer.step()
+assert calls == [1], calls
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(vislora.__file__).parents[1])
+
+
+@each_variant
+def test_factors_without_some_directions_are_stepped_on_in_the_others(variant):
+    """Rounding is no direction: two equal columns, far larger than the damping, or two factors that are both zero."""
+    name, own = VARIANTS[variant]
+    p = pair(dtype=torch.float32)
+    with torch.no_grad():
+        p.up.mul_(300.0)[:, 1] = p.up[:, 0]
+        p.down[1] = p.down[0]
+    start = [t.detach().clone() for t in (p.down, p.up)]
+    optimizer = optim._PAIRED[name]([p.down, p.up], [p], lr=1e-3, weight_decay=0.0, damping=0.0, **own)
+    for _ in range(2):
+        give(p, noise(M, N))
+        optimizer.step()
+    for now, before in zip((p.down, p.up), start, strict=True):
+        assert 0 < (now - before).abs().max() < 0.1
+    with torch.no_grad():
+        p.down.zero_()
+        p.up.zero_()
+    give(p, noise(M, N))
+    optimizer.step()
+    assert p.down.isfinite().all() and p.up.isfinite().all()
 
 
 @each_variant
