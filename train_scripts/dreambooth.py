@@ -30,7 +30,7 @@ from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 import vislora
-from vislora import adapters, config, world
+from vislora import adapters, config, optim, world
 from vislora.data.captions import check_tokens
 from vislora.diffusion import conditioning, loss, models, validation
 from vislora.diffusion.card import run_card
@@ -87,6 +87,7 @@ def parse(argv: list[str]) -> tuple[DreamBoothOptions, vislora.Method]:
     if options.pretrained_model_name_or_path is None and options.instance_data_dir is None:
         options, method = config.parse(DreamBoothOptions, argv, base=world.defaults("dreambooth"), **words)
     options.require_whole()
+    optim.require_fit(options.optimizer, method)
     return options, method
 
 
@@ -119,11 +120,7 @@ class Run:
         self.sampler = diffusion.pipeline()
         self.validation = validation.Validation(options, prompts, [p.path for p in photos.photos], folder.samples)
 
-        optimizer = torch.optim.AdamW(
-            self.adapter.param_groups(options.learning_rate, {"text_encoder": options.text_encoder_lr}),
-            betas=(options.adam_beta1, options.adam_beta2), eps=options.adam_epsilon,
-            weight_decay=options.adam_weight_decay,
-        )  # fmt: skip
+        optimizer = optim.from_options(options, self.adapter, {"text_encoder": options.text_encoder_lr})
         a_step = options.train_batch_size * options.gradient_accumulation_steps * accelerator.num_processes
         self.total = options.max_train_steps or options.num_train_epochs * math.ceil(len(photos) / a_step)
         self.scheduler = get_scheduler(

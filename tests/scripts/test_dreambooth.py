@@ -219,6 +219,23 @@ def test_every_method_in_bf16(run, method):
     assert all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors)
 
 
+@pytest.mark.parametrize("flags", [
+    ("scaled_adamw", "--optimizer_damping", "1e-4"), ("lora_pro",), ("lora_pro", "--lora_pro_moments", "factors"),
+    ("alt_lora", "--alt_lora_alternate"), ("alt_lora", "--no_alt_lora_plus", "--mixed_precision", "bf16"),
+])  # fmt: skip
+def test_every_optimizer_trains_and_resumes_exactly(run, flags):
+    usual = ("--adapter", "lora_plus", "--optimizer", *flags, "--learning_rate", "0.01", "--max_train_steps", "4",
+             "--lr_scheduler", "cosine", "--checkpointing_steps", "2", "--output_dir", "out")  # fmt: skip
+    run(*usual)
+    whole, start = state("out", 4), state("out", 2)
+    assert all(np.isfinite(entry["loss"]) for entry in lines("out"))
+    factors = [k for k in whole if k.startswith("adapter.")]
+    assert all(whole[k].isfinite().all() and not torch.equal(whole[k], start[k]) for k in factors)
+    assert f"optimizer | {flags[0]} " in Path("out/README.md").read_text().replace("\\", "")
+    run(*usual, "--resume_from_checkpoint", "checkpoint-2")
+    assert all(torch.equal(t, whole[k]) for k, t in state("out", 4).items())
+
+
 def test_captions_are_used(run, place, script, monkeypatch):
     for i in range(3):
         (place / "photos" / f"{i}.txt").write_text(f"c {i}\n")
@@ -263,6 +280,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(run, place, capsys, model):
     photograph(place / "fake")
     (place / "fake/x.jpg").write_text("no image")
     run("--output_dir", "taken")
+    nowhere = ("--pretrained_model_name_or_path", "nowhere/at/all")
     for flags, words in (
         (("--instance_data_dir", "gone"), ("gone",)),
         (("--instance_data_dir", "empty"), ("empty",)),
@@ -286,8 +304,11 @@ def test_bad_input_gets_one_line_and_writes_nothing(run, place, capsys, model):
         (("--export_rank", "0"), ("export_rank", "0")),
         (("--with_prior_preservation",), ("--class_prompt",)),
         (("--mixed_precision", "fp16"), ("fp16", "bf16")),
-        (("--pretrained_model_name_or_path", "nowhere/at/all"), ("nowhere",)),
+        (nowhere, ("nowhere",)),
         (("--adapter", "dora", "--train_text_encoder"), ("dora", "text_encoder")),
+        (("--optimizer", "lora_pro", *nowhere), ("lora_pro", "nb_lora", "dora")),  # before a model is looked for
+        (("--optimizer_damping", "0.1", *nowhere), ("--optimizer_damping", "adamw", "lora_pro")),
+        (("--optimizer", "alt_lora", "--optimizer_damping", "-1", *nowhere), ("--optimizer_damping", "-1")),
         (("--config", "gone.yaml"), ("gone.yaml",)),
         (("--validation_prompt", "gone.txt"), ("gone.txt",)),
     ):

@@ -6,9 +6,9 @@ import importlib
 import pkgutil
 
 from ..errors import InputError, near
-from ._method import Method
+from ._method import Method, Pair
 
-__all__ = ["Method", "get", "names"]
+__all__ = ["Method", "Pair", "get", "names"]
 
 
 def names() -> list[str]:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError, near
 from ..update import Update
@@ -25,6 +25,15 @@ class Bound(SimpleNamespace):
 
     p: float
     delta: Tensor
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two factors of a LoRA-shaped update: dW = scale * up @ down, minus a fixed start where there is one."""
+
+    down: nn.Parameter  # (r, n)
+    up: nn.Parameter  # (m, r)
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,10 @@ class Method:
         """The norm bound that holds by construction at one site, or None."""
         return None
 
+    def pair(self, t: SimpleNamespace) -> Pair | None:
+        """The trained factors at one site, for optimizers that treat them together; None: not LoRA-shaped."""
+        return None
+
     def penalty(self, sites: Sequence[SimpleNamespace], max_lr: float) -> Tensor:
         """The regulariser over the tensors of all sites (a scalar), weighted, to be added once per optimizer step."""
         return torch.zeros(())
@@ -88,6 +101,11 @@ class Method:
     def has_penalty(cls) -> bool:
         """Whether the method defines a penalty at all."""
         return cls.penalty is not Method.penalty
+
+    @classmethod
+    def is_lora_shaped(cls) -> bool:
+        """Whether optimizers that treat two factors together can train it."""
+        return cls.pair is not Method.pair
 
     @property
     def input_dropout(self) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..update import Update
-from ._method import Method, require, require_fit, require_rank
+from ._method import Method, Pair, require, require_fit, require_rank
 from ._start import kaiming
 
 
@@ -53,3 +53,6 @@ class LoRA(Method):
 
     def factors(self, t: SimpleNamespace) -> Update:
         return Update(up=t.B if self.scale == 1 else self.scale * t.B, down=t.A)
+
+    def pair(self, t: SimpleNamespace) -> Pair:
+        return Pair(down=t.A, up=t.B, scale=self.scale)

@@ -14,7 +14,7 @@ from vislora.diffusion.options import DreamBoothOptions
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _SHOWN = (
-    "learning_rate", "text_encoder_lr", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps",
+    "optimizer", "learning_rate", "text_encoder_lr", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps",
     "max_train_steps", "num_train_epochs", "snr_gamma", "prior_loss_weight", "mixed_precision", "seed",
     "export_rank",
 )  # fmt: skip

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vislora.errors import InputError
+from vislora.optim import own_options
 from vislora.options import option
 
 _MODEL, _DATA, _PRIOR, _ADAPTER = "model", "data", "prior preservation", "adapter"
-_TRAIN, _LOSS, _IMAGES, _RUN = "training", "loss", "validation images", "run"
+_TRAIN, _OPTIMIZER, _LOSS, _IMAGES, _RUN = "training", "optimizer", "loss", "validation images", "run"
 
 # What a resumed run may change: no step already made was a function of it.
 FREE_ON_RESUME = frozenset({
@@ -86,6 +87,20 @@ class DreamBoothOptions:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", group=_TRAIN)
     allow_tf32: bool = option(False, "faster float32 products on recent GPUs", group=_TRAIN)
 
+    optimizer: Literal["adamw", "scaled_adamw", "lora_pro", "alt_lora"] = option(
+        "adamw", "the others treat the two factors of a LoRA-shaped adapter together", group=_OPTIMIZER
+    )
+    optimizer_damping: float | None = option(
+        None, "of the others' inverses of the factors' Gram matrices; none: 1e-6", group=_OPTIMIZER
+    )
+    lora_pro_moments: Literal["full", "factors"] | None = option(
+        None, "Adam's moments of the whole matrix's gradient, or of the factors'; none: full", group=_OPTIMIZER
+    )
+    alt_lora_plus: bool | None = option(None, "divide by a second moment; none: true", group=_OPTIMIZER)
+    alt_lora_alternate: bool | None = option(
+        None, "move one factor a step, in turn; none: false, both at every step", group=_OPTIMIZER
+    )
+
     snr_gamma: float | None = option(None, "min-SNR loss weights with this gamma; 5 is usual", group=_LOSS)
 
     validation_prompt: tuple[str, ...] = option(
@@ -130,6 +145,10 @@ class DreamBoothOptions:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"--{name}", f"{getattr(self, name)} is not in [0, 1)", "0.9 and 0.999 are usual")
+        if self.optimizer_damping is not None and not 0 <= self.optimizer_damping < math.inf:
+            wrong = f"{self.optimizer_damping} is negative or not finite"
+            raise InputError("--optimizer_damping", wrong, "give 0 or more")
+        own_options(self)
 
     def require_whole(self) -> None:
         """Raise InputError unless model, photos and, for prior preservation, the class prompt are there."""

@@ -1,0 +1,86 @@
+"""Gradient methods, as optimizers over the factors of any LoRA-shaped adapter; AdamW for every adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import adapters
+from ..adapter import Adapter
+from ..adapters import Method
+from ..errors import InputError, near
+from ._paired import PairedAdamW, pairs_of
+from .alt_lora import AltLoRA
+from .lora_pro import LoRAPro
+from .scaled_adamw import ScaledAdamW
+
+__all__ = ["AltLoRA", "LoRAPro", "PairedAdamW", "ScaledAdamW", "build", "from_options", "names", "own_options",
+           "pairs_of", "require_fit"]  # fmt: skip
+
+_PAIRED: dict[str, type[PairedAdamW]] = {"scaled_adamw": ScaledAdamW, "lora_pro": LoRAPro, "alt_lora": AltLoRA}
+
+# A script's option -> (the constructor's word, the optimizers that have it)
+_OWN = {
+    "optimizer_damping": ("damping", ("scaled_adamw", "lora_pro", "alt_lora")),
+    "lora_pro_moments": ("moments", ("lora_pro",)),
+    "alt_lora_plus": ("plus", ("alt_lora",)),
+    "alt_lora_alternate": ("alternate", ("alt_lora",)),
+}
+
+
+def names() -> list[str]:
+    """Every optimizer's name, AdamW first."""
+    return ["adamw", *_PAIRED]
+
+
+def require_fit(name: str, method: Method) -> None:
+    """Raise InputError for an unknown optimizer, and for one that cannot train the method's tensors."""
+    if name not in names():
+        wrong = f"{name!r} is no optimizer{near(name, names())}"
+        raise InputError("optimizer", wrong, f"take one of {', '.join(names())}")
+    if name != "adamw" and not method.is_lora_shaped():
+        own = type(method).__module__.rpartition(".")[2]
+        wrong = f"{name} treats LoRA's two factors together, and {own} has others"
+        fitting = [n for n in adapters.names() if adapters.get(n).is_lora_shaped()]
+        raise InputError("optimizer", wrong, f"take adamw, or one of the methods {', '.join(fitting)}")
+
+
+def build(
+    name: str, adapter: Adapter, lr: float, component_lr: dict[str, float] | None = None, **settings: Any
+) -> torch.optim.Optimizer:
+    """The optimizer called `name` over an adapter's parameters, ready for `adapter.bind`.
+
+    lr, component_lr: as `Adapter.param_groups` takes them. settings: betas, eps and weight_decay, as torch's AdamW has
+    them, and the optimizer's own keywords. Raises InputError where the optimizer does not fit the adapter's method.
+    """
+    require_fit(name, adapter.method)
+    groups = adapter.param_groups(lr, component_lr)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, **settings)
+    return _PAIRED[name](groups, pairs_of(adapter), **settings)
+
+
+def own_options(options: Any) -> dict[str, Any]:
+    """The keywords that a script's options give the chosen optimizer; those left at None are its own defaults.
+
+    Raises InputError for an option of another optimizer.
+    """
+    found = {}
+    for option, (word, owners) in _OWN.items():
+        value = getattr(options, option)
+        if value is not None:
+            if options.optimizer not in owners:
+                wrong = f"is an option of {', '.join(owners)}, and the optimizer is {options.optimizer}"
+                raise InputError(f"--{option}", wrong, f"leave it out, or give --optimizer {owners[0]}")
+            found[word] = value
+    return found
+
+
+def from_options(options: Any, adapter: Adapter, component_lr: dict[str, float] | None = None) -> torch.optim.Optimizer:
+    """The optimizer of a script's options: optimizer, learning_rate, the adam_* ones, and the optimizer's own."""
+    return build(
+        options.optimizer, adapter, options.learning_rate, component_lr,
+        betas=(options.adam_beta1, options.adam_beta2), eps=options.adam_epsilon,
+        weight_decay=options.adam_weight_decay, **own_options(options),
+    )  # fmt: skip
