@@ -89,7 +89,7 @@ def test_vera():
 
 
 class WithLoss(nn.Module):
-    """PEFT adds its penalty to an output's `loss` and nowhere else, and where `base_model` is called, not a PeftModel."""
+    """PEFT adds its penalty to an output's `loss` alone, and where `base_model` is called, not a PeftModel."""
 
     def __init__(self):
         super().__init__()
