@@ -80,17 +80,20 @@ def orthonormal(x: Tensor) -> Tensor:
     return Q * sign[..., None, :]
 
 
-def top_svd(weight: Tensor, rank: int, niter: int | None = None, generator: torch.Generator | None = None):
+def top_svd(
+    weight: Tensor, rank: int, niter: int | None = None, generator: torch.Generator | None = None, oversample: int = 8
+):
     """The `rank` largest singular triplets of weight (m, n): U (m, r), S (r,), V (n, r), in float32 or float64.
 
     niter: None for the exact decomposition; an integer for randomised subspace iteration (Halko et al. 2011,
-    algorithm 4.4) with that many rounds and an oversampling of 8, which is far quicker for large weights.
+    algorithm 4.4) with that many rounds and `oversample` more directions than asked for, which is far quicker for
+    large weights.
     """
     weight = precise(weight)
     if niter is None:
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
         return U[:, :rank].contiguous(), S[:rank].contiguous(), Vh[:rank].mT.contiguous()
-    width = min(rank + 8, *weight.shape)
+    width = min(rank + oversample, *weight.shape)
     probe = torch.randn(weight.shape[1], width, generator=generator, dtype=weight.dtype).to(weight.device)
     Q = orthonormal(weight @ probe)
     for _ in range(niter):

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from . import distributed
 from .errors import InputError
 from .part import Part
 from .quantized import is_quantized
-from .site import Site
+from .site import Site, qualified
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -27,8 +28,9 @@ def weight_gradients(
     closure() runs forward and backward. Gradients are moved to the CPU and freed layer by layer while the backward
     runs, so that the device holds one layer's at a time; they are float32 sums. Afterwards requires_grad, .grad of
     all weights, the adapter's gradients and the global random state are what they were.
-    Of a quantized weight it is the gradient of the weight that it stands for.
-    Raises InputError for layers that the loss does not reach.
+    Of a quantized weight it is the gradient of the weight that it stands for. Of several processes, each with a loss
+    of its own, it is the gradient of their mean; DDP leaves that of frozen weights alone.
+    Raises InputError for layers that the loss does not reach, on every process if it is so on one.
     """
     modules = {site.module: part for part in adapter.parts.values() for site in part.sites}
     sums: dict[nn.Module, Tensor] = {}
@@ -37,12 +39,21 @@ def weight_gradients(
             closure()
     for parameter in adapter.parameters():
         parameter.grad = None
+    _require_reached(adapter, sums)
+    for module in modules:
+        sums[module] = distributed.mean(sums[module] / calls, module.weight.device)
     for part in adapter.parts.values():
         for site in part.sites:
-            if site.module not in sums:
-                raise InputError(site.name, "got no gradient from the closure", "leave that layer out of the targets")
-            total = sums[site.module] / calls
-            yield part, site, total if site.rows is None else total[site.rows]
+            yield part, site, sums[site.module] if site.rows is None else sums[site.module][site.rows]
+
+
+def _require_reached(adapter: Adapter, sums: dict[nn.Module, Tensor]) -> None:
+    """Raise InputError for the first site without a gradient, on all processes alike: one that waits would hang."""
+    sites = [site for part in adapter.parts.values() for site in part.sites]
+    reached = torch.tensor([float(site.module in sums) for site in sites])
+    for site, share in zip(sites, distributed.mean(reached, sites[0].module.weight.device).tolist(), strict=True):
+        if share < 1:
+            raise InputError(site.name, "got no gradient from the closure", "leave that layer out of the targets")
 
 
 @contextmanager
@@ -108,9 +119,7 @@ def at_largest_rate(adapter: Adapter) -> Iterator[torch.optim.Optimizer]:
 
     Raises InputError before `bind`.
     """
-    if adapter.optimizer is None:
-        raise InputError("prepare", f"{adapter.method_name}'s start takes optimizer steps", "call adapter.bind first")
-    groups = adapter.optimizer.param_groups
+    groups = _bound(adapter).param_groups
     now = [group["lr"] for group in groups]
     for group in groups:
         group["lr"] = group.get("initial_lr", group["lr"])
@@ -121,13 +130,34 @@ def at_largest_rate(adapter: Adapter) -> Iterator[torch.optim.Optimizer]:
             group["lr"] = rate
 
 
+def largest_rate(adapter: Adapter) -> float:
+    """The largest learning rate of the bound optimizer's schedule. Raises InputError before `bind`."""
+    return max(float(group.get("initial_lr", group["lr"])) for group in _bound(adapter).param_groups)
+
+
+def _bound(adapter: Adapter) -> torch.optim.Optimizer:
+    if adapter.optimizer is None:
+        wrong = f"{adapter.method_name}'s start goes by the optimizer"
+        raise InputError("prepare", wrong, "call adapter.bind first")
+    return adapter.optimizer
+
+
+def start_generator(adapter: Adapter, part: Part, site: Site) -> torch.Generator:
+    """A CPU generator of a site's data-driven start: of the seed and the site's name alone, other than `init`'s."""
+    from .attach import _generator
+
+    component = next(name for name, own in adapter.parts.items() if own is part)
+    return _generator(adapter.seed, f"start/{qualified(component, site.name)}")
+
+
 def _devices(modules: dict[nn.Module, Part]) -> list[torch.device]:
     return [d for d in {module.weight.device for module in modules} if d.type == "cuda"]
 
 
 @torch.no_grad()
 def assign(part: Part, site: Site, tensors: dict[str, Tensor]) -> None:
-    """Overwrite some of a site's own tensors in place."""
+    """Overwrite some of a site's own tensors in place, on every process with the first one's."""
     own = part.own_tensors(site)
     for name, value in tensors.items():
         own[name].copy_(value)
+        distributed.from_first(own[name])

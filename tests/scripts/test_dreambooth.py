@@ -236,6 +236,18 @@ def test_every_optimizer_trains_and_resumes_exactly(run, flags):
     assert all(torch.equal(t, whole[k]) for k, t in state("out", 4).items())
 
 
+@pytest.mark.parametrize("method", vislora.methods())
+def test_every_entry_of_configs_adapters_runs(run, method):
+    file = REPOSITORY / "configs/adapters" / f"{method}.yaml"
+    run("--config", str(file), "--output_dir", "out", "--max_train_steps", "2")
+    config = yaml.safe_load(Path("out/config.yaml").read_text())
+    entry = yaml.safe_load(file.read_text())
+    assert config["adapter"] == method and config["learning_rate"] == float(entry["learning_rate"])
+    taken = {key: config["adapter_options"][key] for key in entry["adapter_options"] if key != "rank"}
+    assert taken == {key: type(taken[key])(entry["adapter_options"][key]) for key in taken}
+    assert all(t.isfinite().all() for t in read(Path("out/adapter/adapter.safetensors"))[0].values())
+
+
 def test_captions_are_used(run, place, script, monkeypatch):
     for i in range(3):
         (place / "photos" / f"{i}.txt").write_text(f"c {i}\n")

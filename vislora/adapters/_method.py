@@ -97,10 +97,9 @@ class Method:
         """The learning rate of tensors of a role, over the adapter's."""
         return 1.0
 
-    @classmethod
-    def has_penalty(cls) -> bool:
-        """Whether the method defines a penalty at all."""
-        return cls.penalty is not Method.penalty
+    def has_penalty(self) -> bool:
+        """Whether the method, with these options, has a penalty at all. Where not, it costs nothing."""
+        return type(self).penalty is not Method.penalty
 
     @classmethod
     def is_lora_shaped(cls) -> bool:

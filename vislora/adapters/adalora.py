@@ -78,6 +78,9 @@ class AdaLoRA(Method):
         scale = 1.0 if self.alpha is None else self.alpha / self.start_rank
         return Update(up=scale * t.B * t.E, down=t.A)
 
+    def has_penalty(self) -> bool:
+        return self.orth_reg_weight > 0
+
     def penalty(self, sites: Sequence[SimpleNamespace], max_lr: float) -> Tensor:
         with linalg.without_autocast(sites[0].A.device):
             grams = [gram for t in sites for gram in (t.A @ t.A.mT, t.B.mT @ t.B)]

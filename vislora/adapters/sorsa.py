@@ -34,7 +34,7 @@ class SORSA(Method):
 
     rank: int = 16
     alpha: float | None = None  # None: equal to rank, so that the scale is 1, as the authors' default
-    gamma: float = 4e-4  # strength of the regularizer in units of the largest learning rate; 0 trains without
+    gamma: float = 4e-4  # strength of the regularizer in units of the largest learning rate; 0: the ablation without
     regularizer: Literal["mean", "sum", "squared", "squared_mean"] = "mean"  # of norms, over the 2 L matrices
 
     def check(self) -> None:
@@ -58,6 +58,9 @@ class SORSA(Method):
 
     def factors(self, t: SimpleNamespace) -> Update:
         return Update(self.scale * t.B * t.S, t.A, minus=Update(self.scale * t.B0 * t.S0, t.A0))
+
+    def has_penalty(self) -> bool:
+        return self.gamma > 0
 
     def penalty(self, sites: Sequence[SimpleNamespace], max_lr: float) -> Tensor:
         with linalg.without_autocast(sites[0].A.device):

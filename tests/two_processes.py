@@ -1,0 +1,141 @@
+"""What each of two processes does in tests/distributed: python two_processes.py RANK FOLDER; results land in FOLDER.
+
+`CASES` also run in one process, on both processes' data, to compare with.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed as group
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vislora import attach, linalg
+from vislora.io import write
+from vislora.prepare import weight_gradients
+
+STEPS = 10  # ends with a renewal of bases
+CASES = {
+    "lora": {},
+    "nb_lora": {"delta": 3.0},
+    "lora_sb": {"init_lr": 0.05, "init_batches": 2},
+    "lora_sb noisy": {"init_lr": 0.05, "init_noise": 0.02, "niter": 3},
+    "lora_ga": {"init_batches": 2},
+    "od_lora": {"init_rounds": 2, "init_steps": 3},
+    "od_lora limited": {"init_rounds": 2, "init_steps": 3, "form": "limited_capacity"},
+    "rslora optimal": {"optimal_gradient": True},
+    "adalora": {"init_r": 4, "tinit": 2, "tfinal": 4},
+}
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 16)).train()
+
+
+def batch(call: int, ranks: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eight samples of each rank, of its own."""
+    parts = []
+    for rank in ranks:
+        g = torch.Generator().manual_seed(100 * call + rank)
+        parts.append((torch.randn(8, 12, generator=g), torch.randn(8, 16, generator=g)))
+    return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+
+
+def ddp(model: nn.Module) -> nn.Module:
+    # DDP would itself send the first process's buffers around before each forward, and hide what is tested here.
+    return DistributedDataParallel(model, broadcast_buffers=False)
+
+
+def closures(model: nn.Module, ranks: tuple[int, ...], adapter):
+    """Forward and backward over one batch after another."""
+    calls = iter(range(10_000))
+
+    def closure():
+        x, y = batch(next(calls), ranks)
+        loss = (model(x) - y).square().mean() + adapter.penalty()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def gradients(ranks: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """What `weight_gradients` gives over two calls."""
+    model = net()
+    adapter = attach(model, "lora", rank=2)
+    wrapped = ddp(model) if len(ranks) == 1 else model
+    found = weight_gradients(adapter, closures(wrapped, ranks, adapter), 2)
+    return {site.name: gradient for _, site, gradient in found}
+
+
+def trained(case: str, ranks: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """An adapter's tensors after its start and STEPS steps of SGD; under DDP where `ranks` is one of several."""
+    model = net()
+    adapter = attach(model, case.split()[0], **{"rank": 2 if case == "adalora" else 4, **CASES[case]})
+    wrapped = ddp(model) if len(ranks) == 1 else model
+    optimizer = torch.optim.SGD(adapter.param_groups(0.05), momentum=0.9)
+    adapter.bind(optimizer, STEPS)
+    closure = closures(wrapped, ranks, adapter)
+    adapter.prepare(closure)
+    started = {f"start {name}": t.detach().clone() for name, t in adapter.named_tensors()}
+    for _ in range(STEPS):
+        closure()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {**started, **{name: t.detach() for name, t in adapter.named_tensors()}}
+
+
+def unreached(rank: int) -> str:
+    """The error where one process's loss misses a layer, which all must raise or the others would wait for ever."""
+    model = net()
+    adapter = attach(model, "lora_ga", rank=4)
+
+    def closure():
+        x, _ = batch(0, (rank,))
+        loss = (model(x) if rank else model[0](x)).square().mean()
+        loss.backward()
+        return loss
+
+    try:
+        adapter.prepare(closure)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def other_device() -> None:
+    """Decompositions of this process come with other signs, as they may from another device's library."""
+    for name in ("product_svd", "top_svd"):
+        setattr(linalg, name, negated(getattr(linalg, name)))
+    plain = linalg.orthonormal
+    linalg.orthonormal = lambda x: plain(x) * torch.tensor([-1.0, 1.0, 1.0, -1.0])
+
+
+def negated(decompose):
+    """The same decomposition with both bases negated."""
+
+    def other(*args, **words):
+        U, S, V = decompose(*args, **words)
+        return -U, S, -V
+
+    return other
+
+
+def main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    group.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    if rank == 1:
+        other_device()
+    for case in CASES:
+        write(trained(case, (rank,)), {}, folder / f"{case}-{rank}.safetensors")
+    write(gradients((rank,)), {}, folder / f"gradients-{rank}.safetensors")
+    (folder / f"unreached-{rank}").write_text(unreached(rank))
+    group.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
