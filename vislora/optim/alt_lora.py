@@ -24,7 +24,8 @@ class AltLoRA(PairedAdamW):
     authors' code does.
     Differs from the paper: the projection's factor 1 / s^2 is left to the learning rate, as in the authors' code; both
     moments are corrected for bias. From that code: the learning rate is the group's own and so follows schedules, the
-    transported momentum is the one kept, weights decay as in AdamW, and inverses are float32 or float64.
+    transported momentum is the one kept, weights decay as in AdamW, inverses are float32 or float64, and d is 1e-6, not
+    1e-5. Without `plus` steps have the gradient's size, so that rates are far above Adam's.
     """
 
     def __init__(self, params, pairs: Sequence[Pair], *, damping: float = 1e-6, plus: bool = True,

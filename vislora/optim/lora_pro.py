@@ -58,10 +58,12 @@ class LoRAPro(PairedAdamW):
 
     Equation: G' = P_B G + (I - P_B) G P_A, the nearest to G that steps of A and B can make, goes through Adam's
     moments; their ratio is mapped to steps of A and B as a gradient of the product would be (`Projection.adjusted`).
+    d, the damping, is added to both Gram matrices where they are inverted.
     moments: "full" keeps Adam's two moments of G', m n numbers each, for every pair, and takes betas and eps of B's
     group; "factors" hands the adjusted gradients to AdamW on A and B, r (m + n) numbers each.
     Differs from the paper: the weights decay as in AdamW. From the authors' code: s is the layer's own, bias is
-    corrected from the first step, moments are float32 or float64, and X comes from two symmetric decompositions.
+    corrected from the first step, moments are float32 or float64, X comes from two symmetric decompositions, and d is
+    1e-6 where the code has 1e-8.
     """
 
     def __init__(self, params, pairs: Sequence[Pair], *, damping: float = 1e-6,

@@ -1,5 +1,5 @@
-"""Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models (Zhang and Pilanci 2024, arXiv 2402.02347),
-equation 2 and algorithm 1: scaled AdamW."""
+"""Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models (Zhang and Pilanci 2024, arXiv 2402.02347): scaled
+AdamW."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ class ScaledAdamW(PairedAdamW):
     Differs from the paper: nothing known. From the authors' code: both preconditioners come from the old factors, as
     the paper's equation has it, where the code takes the new A for B's; bias is corrected; inverses are float32 or
     float64, so that bf16 factors are preconditioned too.
+
+    From B = 0 the first gradients of A grow by 1 / B, and a beta2 of 0.999 remembers them for a thousand steps; the
+    authors take 0.8 for GPT-2.
     """
 
     def __init__(self, params, pairs: Sequence[Pair], *, damping: float = 1e-6, **adamw):
