@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .adapters import Method, get
 from .attach import build, components, shared_tensors
+from .baselines import full
 from .errors import EnvironmentFault, InputError, near
+from .handle import Handle
 from .linalg import precise
 from .measure import fingerprint
 from .site import Site, find_named, qualified
@@ -34,18 +36,23 @@ _NORM_TOLERANCE = 0.01  # bf16, fp16 and 4-bit copies of a base pass; another mo
 
 def save(adapter: Adapter, folder: Path) -> Path:
     """Write folder/adapter.safetensors: every tensor as "<site>.<tensor>", the configuration in the header."""
-    config = {
-        "format": _FORMAT,
-        "method": adapter.method_name,
-        "options": adapter.method.options(),
-        "seed": adapter.seed,
-        "components": list(adapter.parts),
-        "tensors": _kinds(adapter),
-        "base": fingerprint(adapter),
-    }
+    header = header_of(adapter, components=list(adapter.parts), tensors=_kinds(adapter))
     tensors = {name: t.detach().cpu().contiguous() for name, t in adapter.named_tensors()}
     require_finite(tensors, "adapter")
-    return write(tensors, {"format": "pt", "vislora": json.dumps(config)}, folder / FILE)
+    return write(tensors, header, folder / FILE)
+
+
+def header_of(handle: Handle, **more: Any) -> dict[str, str]:
+    """The header of a handle's safetensors file: method, options, seed and the base's fingerprint; `more` beside it."""
+    config = {
+        "format": _FORMAT,
+        "method": handle.method_name,
+        "options": handle.method.options(),
+        "seed": handle.seed,
+        **more,
+        "base": fingerprint(handle),
+    }
+    return {"format": "pt", "vislora": json.dumps(config)}
 
 
 def _kinds(adapter: Adapter) -> dict[str, bool]:
@@ -88,8 +95,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def load(
     model: Any, path: str | Path, name: str = "default", weight: float = 1.0, allow_other_base: bool = False
-) -> Adapter:
+) -> Handle:
     """Attach a saved adapter to `model`: our own folder or file, a run's folder, or a diffusers LoRA of SD 1.x.
+
+    What `save` of full fine-tuning wrote is read back too.
 
     model: a module, a pipeline or {component: module}, as for `attach`.
     weight: the adapter's strength. allow_other_base: skip the comparison with the base it was trained on.
@@ -102,7 +111,9 @@ def load(
         raise InputError(str(file), "holds no tensors", "train or copy it again")
     require_finite(tensors, str(file))
     if "vislora" in header:
-        adapter = _load_own(model, file, tensors, header["vislora"], name, allow_other_base)
+        config = _config(file, header["vislora"])
+        read_in = full.load if config["method"] == full.Full.word else _load_own
+        adapter = read_in(model, file, tensors, config, name, allow_other_base)
     else:
         from .export import from_diffusers
 
@@ -126,19 +137,27 @@ def _locate(path: Path) -> Path:
     return path
 
 
-def _load_own(model, file: Path, tensors: dict[str, Tensor], text: str, name: str, allow_other_base: bool) -> Adapter:
+def _config(file: Path, text: str) -> dict[str, Any]:
+    """Our header, of a format that this version reads."""
     try:
-        config = json.loads(text)
-        version, method_name = config["format"], config["method"]
-        options, shapes = dict(config["options"]), dict(config["base"]["shapes"])
-        kinds = {str(name): bool(trains) for name, trains in config["tensors"].items()}
-        saved_norms, seed, prefixes = dict(config["base"]["norms"]), config["seed"], list(config["components"])
+        config = dict(json.loads(text))
+        version, _ = config["format"], config["method"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(str(file), f"has a damaged header ({error!r})", "copy it again") from None
     if version != _FORMAT:
         raise InputError(str(file), f"is of format {version}, this vislora reads {_FORMAT}", "update vislora")
+    return config
+
+
+def _load_own(model, file: Path, tensors: dict[str, Tensor], config: dict, name: str, other_base: bool) -> Adapter:
+    try:
+        method_name, options, shapes = config["method"], dict(config["options"]), dict(config["base"]["shapes"])
+        kinds = {str(name): bool(trains) for name, trains in config["tensors"].items()}
+        saved_norms, seed, prefixes = dict(config["base"]["norms"]), config["seed"], list(config["components"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(str(file), f"has a damaged header ({error!r})", "copy it again") from None
     method = get(method_name).from_options(method_name, options)
-    roots = place(components(model), prefixes, shapes, file)
+    roots = place(components(model), prefixes, lambda root: len(find_named(root, shapes)) == len(shapes), file)
     found: dict[str, tuple[nn.Module, list[Site]]] = {}
     values: dict[str, list[dict[str, Tensor]]] = {}
     renamed = {}
@@ -169,8 +188,8 @@ def _load_own(model, file: Path, tensors: dict[str, Tensor], text: str, name: st
     if tensors:
         wrong = f"{len(tensors)} tensors belong to no layer: {', '.join(sorted(tensors)[:5])}"
         raise InputError(str(file), wrong, "copy it again")
-    if not allow_other_base:
-        _require_base(saved_norms, renamed, file)
+    if not other_base:
+        require_base(saved_norms, {saved: site.weight for saved, site in renamed.items()}, file)
     adapter = build(name, method_name, method, found, values, seed)
     for part in adapter.parts.values():
         part.prepared = True
@@ -191,8 +210,8 @@ def _require_fit(method: Method, site: Site, tensors: dict[str, Tensor], file: P
         raise InputError(str(file), wrong, "train or copy it again")
 
 
-def place(parts: dict[str, nn.Module], prefixes: list[str], names: Iterable[str], file: Path):
-    """{prefix in the file: (component, root)} of a model's components for a file's.
+def place(parts: dict[str, nn.Module], prefixes: list[str], fits: Callable[[nn.Module], bool], file: Path):
+    """{prefix in the file: (component, root)} of a model's components for a file's. fits: are its layers in a root?
 
     A file of a bare module finds its component in a pipeline; one of a single component loads into a bare module.
     """
@@ -200,8 +219,7 @@ def place(parts: dict[str, nn.Module], prefixes: list[str], names: Iterable[str]
         if list(parts) == [""]:
             return {prefixes[0]: ("", parts[""])}
         if prefixes == [""]:
-            names = list(names)
-            fit = [c for c, root in parts.items() if len(find_named(root, names)) == len(names)]
+            fit = [c for c, root in parts.items() if fits(root)]
             if len(fit) == 1:
                 return {"": (fit[0], parts[fit[0]])}
     missing = [prefix for prefix in prefixes if prefix not in parts]
@@ -228,10 +246,11 @@ def _require_all(names: list[str], sites: list[Site], root: nn.Module, file: Pat
         raise InputError(str(file), wrong + near(missing[0], known), "load it into the model it was trained on")
 
 
-def _require_base(saved: dict[str, float], sites: dict[str, Site], file: Path) -> None:
+def require_base(saved: dict[str, float], weights: dict[str, Callable[[], Tensor]], file: Path) -> None:
+    """Raise InputError unless the base weights, read by name, have the norms that were saved."""
     off = []
     for name, norm in saved.items():
-        own = torch.linalg.vector_norm(sites[name].weight()).item()
+        own = torch.linalg.vector_norm(weights[name]()).item()
         if not math.isclose(own, norm, rel_tol=_NORM_TOLERANCE):
             off.append(f"{name} has norm {own:.4g}, the adapter's base {norm:.4g}")
     if off:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from . import linalg
+from .handle import Dense, Handle
 
 if TYPE_CHECKING:
-    from .adapter import Adapter
     from .site import Site
 
 _FINGERPRINT_WEIGHTS = 16
+_EXACT_SIDE = 128  # an exact spectrum of larger matrices would take longer than the steps between two measurements
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,17 @@ class Norms:
 
 
 @torch.no_grad()
-def norms(adapter: Adapter) -> dict[str, Norms]:
-    """{site: Norms} for every site, of the update at strength 1, from float32 factors."""
+def norms(adapter: Handle) -> dict[str, Norms]:
+    """{site: Norms} for every site, of the update at strength 1, from float32 factors.
+
+    Where the change is known as whole matrices alone, `spectral` of a large one is an estimate from below.
+    """
     out = {}
+    if isinstance(adapter, Dense):
+        for name, weight, delta in adapter.changes():
+            frobenius, size = torch.linalg.vector_norm(delta).item(), torch.linalg.vector_norm(weight).item()
+            out[name] = Norms(frobenius, _largest_value(delta.flatten(1)), size, 2.0, frobenius, None)
+        return out
     for name, site, tensors, update in adapter.site_updates():
         values = _singular_values(update, site)
         bound = adapter.method.bound(tensors)
@@ -63,6 +72,13 @@ def norms(adapter: Adapter) -> dict[str, Norms]:
     return out
 
 
+def _largest_value(matrix: Tensor) -> float:
+    """The largest singular value of (m, n); where both are large, by subspace iteration from a fixed start."""
+    if min(matrix.shape) <= _EXACT_SIDE:
+        return torch.linalg.svdvals(matrix)[0].item()
+    return linalg.top_svd(matrix, 1, niter=8, generator=torch.Generator().manual_seed(0))[1][0].item()
+
+
 def _singular_values(update, site: Site) -> Tensor:
     """Of the update, without forming it where it is a plain product of low rank."""
     up, down = update.factors()
@@ -71,7 +87,7 @@ def _singular_values(update, site: Site) -> Tensor:
     return torch.linalg.svdvals(update.dense(site.weight()))
 
 
-def certificate(adapter: Adapter) -> dict[str, Any]:
+def certificate(adapter: Handle) -> dict[str, Any]:
     """What the exported file states: method, options, each module's measured norm and bound, the base's fingerprint.
 
     Norms are of the update at strength 1. `largest_share` is None for a method that promises no bound.
@@ -85,19 +101,21 @@ def certificate(adapter: Adapter) -> dict[str, Any]:
             name: {"p": "inf" if n.p == math.inf else n.p, "norm": n.norm, "spectral": n.spectral, "bound": n.bound}
             for name, n in measured.items()
         },
-        "largest_norm": max(n.norm for n in measured.values()),
-        "largest_spectral": max(n.spectral for n in measured.values()),
+        "largest_norm": max((n.norm for n in measured.values()), default=0.0),
+        "largest_spectral": max((n.spectral for n in measured.values()), default=0.0),
         "largest_share": max(shares) if shares else None,
         "base": fingerprint(adapter),
     }
 
 
-def fingerprint(adapter: Adapter) -> dict[str, Any]:
-    """What a base is recognised by: its adapted modules' shapes, and the norms of up to 16 of their weights."""
-    sites = [(n, s) for n, s, _, _ in adapter.site_updates()]
-    step = max(1, len(sites) // _FINGERPRINT_WEIGHTS)
+@torch.no_grad()
+def fingerprint(adapter: Handle) -> dict[str, Any]:
+    """What a base is recognised by: its adapted weights' shapes, and the norms of up to 16 of them."""
+    weights = list(adapter.base_weights())
+    step = max(1, len(weights) // _FINGERPRINT_WEIGHTS)
+    chosen = weights[::step][:_FINGERPRINT_WEIGHTS]
     return {
         "classes": {component: type(root).__name__ for component, root in adapter.roots.items()},
-        "shapes": {name: [site.m, site.n] for name, site in sites},
-        "norms": {n: torch.linalg.vector_norm(s.weight()).item() for n, s in sites[::step][:_FINGERPRINT_WEIGHTS]},
+        "shapes": {name: shape for name, shape, _ in weights},
+        "norms": {name: torch.linalg.vector_norm(read()).item() for name, _, read in chosen},
     }

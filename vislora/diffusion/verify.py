@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vislora.adapter import Adapter
+from vislora.baselines.full import FullHandle
 from vislora.errors import EnvironmentFault
-from vislora.export import LORA_FILE
+from vislora.export import LORA_FILE, component_name
+from vislora.handle import Handle
 from vislora.site import Site
 from vislora.update import Update
 
@@ -20,14 +21,21 @@ log = logging.getLogger("vislora")
 
 
 @torch.no_grad()
-def exported_error(pipeline, adapter: Adapter, folder: Path, tolerance: float = 1e-3) -> float:
-    """Load folder/pytorch_lora_weights.safetensors by `pipeline.load_lora_weights`, compare, and unload it again.
+def exported_error(pipeline, adapter: Handle, folder: Path, tolerance: float = 1e-3) -> float | None:
+    """The error of what `adapter.export(folder)` wrote as stock tools read it; None where it wrote nothing.
+
+    Load folder/pytorch_lora_weights.safetensors by `pipeline.load_lora_weights`, compare, and unload it again.
 
     The pipeline is the one that `adapter` (on its UNet, perhaps its text encoder) is attached to. Returns the largest
     relative difference, over all modules, between the delta that diffusers applies and the adapter's at strength 1,
     both from factors in the model's precision, which is what diffusers casts a file to.
+    Of full fine-tuning each component is read by its library's `from_pretrained`, and every tensor must be equal.
     EnvironmentFault if it exceeds `tolerance`, or if diffusers skipped a module.
     """
+    if isinstance(adapter, FullHandle):
+        return max(_component_error(root, folder / component_name(c, root)) for c, root in adapter.roots.items())
+    if not (folder / LORA_FILE).is_file():
+        return None
     ours = {name: _rounded(update, site).dense(site.weight()) for name, site, _, update in adapter.site_updates()}
     with adapter.disabled(), adapter.hidden(), _quiet_loaders():
         pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=_NAME)
@@ -47,7 +55,19 @@ def exported_error(pipeline, adapter: Adapter, folder: Path, tolerance: float = 
     return worst
 
 
-def _loaded_deltas(pipeline, adapter: Adapter) -> dict[str, Tensor]:
+def _component_error(root: nn.Module, folder: Path) -> float:
+    """0 if `from_pretrained` gives back every tensor of `root` bit for bit; EnvironmentFault otherwise."""
+    theirs = type(root).from_pretrained(folder, local_files_only=True).state_dict()
+    ours = root.state_dict()
+    off = [n for n in ours.keys() | theirs.keys() if n not in ours or n not in theirs]
+    off += [n for n in ours.keys() & theirs.keys() if not torch.equal(ours[n].cpu(), theirs[n].cpu())]
+    if off:
+        wrong = f"{len(off)} of {len(ours)} tensors differ when read back: {min(off)}"
+        raise EnvironmentFault(str(folder), wrong, "report it; the adapter/ folder is whole")
+    return 0.0
+
+
+def _loaded_deltas(pipeline, adapter: Handle) -> dict[str, Tensor]:
     """{module name as in `Adapter.deltas`: the delta that PEFT's layer applies}, float32."""
     found = {}
     for component, root in adapter.roots.items():
