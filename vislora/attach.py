@@ -34,7 +34,8 @@ def attach(
     """Freeze `model` and let it train by `method`. The adapted model starts as the base model.
 
     method: a name of `vislora.methods()` gives an `Adapter`. "full" trains the model's own parameters (in float32;
-    targets: those of the modules named), "none" nothing.
+    targets: those of the modules named), "none" nothing; "peft" takes a method of PEFT (`peft_config=`, a mapping or
+    a file).
 
     model: a module, a diffusers pipeline, or {component name: module}. Of a pipeline with no targets given, the
     denoiser is adapted; with targets, every denoiser and text encoder where they match.
@@ -58,6 +59,8 @@ def attach(
     else:
         places = _places(model, targets if targets is None or isinstance(targets, str) else list(targets), search)
     found = {component: (root, sites) for component, root, sites in places}
+    for root, _ in found.values():
+        require_free(root)
     if isinstance(method, Baseline):
         _require_bare(found, method.word)
         return method.build(found, name, seed)
@@ -90,9 +93,8 @@ def build(
 
 
 def _require_bare(found: dict[str, tuple[nn.Module, list[Site]]], word: str) -> None:
-    """Raise InputError if anything is attached to one of the models already."""
+    """Raise InputError if an adapter is attached to one of the models."""
     for root, _ in found.values():
-        require_free(root)
         if parts_of(root):
             wrong = f"{parts_of(root)[0].adapter_name!r} is on {type(root).__name__}, and {word} needs it to itself"
             raise InputError("attach", wrong, "detach that adapter first")

@@ -200,6 +200,11 @@ class Dense(Handle):
     def changes(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(module name, base weight, W_adapted - W_base), float32 or float64, of one adapted matrix after another."""
 
+    @property
+    def measurable(self) -> bool:
+        """Whether `changes` can be known at all."""
+        return True
+
     @torch.no_grad()
     def deltas(self) -> dict[str, Tensor]:
         return {name: delta.float() for name, _, delta in self.changes()}

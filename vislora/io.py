@@ -29,6 +29,7 @@ from .site import Site, find_named, qualified
 
 log = logging.getLogger("vislora")
 FILE = "adapter.safetensors"
+PEFT_CONFIG = "adapter_config.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _FORMAT = 1
 _NORM_TOLERANCE = 0.01  # bf16, fp16 and 4-bit copies of a base pass; another model does not
@@ -98,13 +99,16 @@ def load(
 ) -> Handle:
     """Attach a saved adapter to `model`: our own folder or file, a run's folder, or a diffusers LoRA of SD 1.x.
 
-    What `save` of full fine-tuning wrote is read back too.
-
+    What `save` of full fine-tuning and of PEFT's methods wrote is read back too, as is any folder in PEFT's layout.
     model: a module, a pipeline or {component: module}, as for `attach`.
     weight: the adapter's strength. allow_other_base: skip the comparison with the base it was trained on.
     Every layer of the file must be found in the model, by name and shape, and every tensor be finite.
     Raises InputError for a file of which nothing, or only a part, fits; the model is then untouched.
     """
+    if folders := _peft_folders(Path(path)):
+        from .baselines import _peft_handle  # PEFT takes seconds to import
+
+        return _weighted(_peft_handle.load(model, folders, name, allow_other_base), weight)
     file = _locate(Path(path))
     tensors, header = read(file)
     if not tensors:
@@ -118,9 +122,28 @@ def load(
         from .export import from_diffusers
 
         adapter = from_diffusers(model, file, tensors, header, name)
-    adapter.weight = weight
     log.info("%s: all of its %d layers are matched", file, len(adapter.sites))
-    return adapter
+    return _weighted(adapter, weight)
+
+
+def _weighted(handle: Handle, weight: float) -> Handle:
+    try:
+        handle.weight = weight
+        return handle
+    except InputError:
+        handle.detach()
+        raise
+
+
+def _peft_folders(path: Path) -> dict[str, Path]:
+    """{component: folder} where `path`, or a run's adapter folder in it, is in PEFT's layout; else nothing."""
+    for place in (path, path / "adapter"):
+        if (place / PEFT_CONFIG).is_file():
+            return {"": place}
+        found = {file.parent.name: file.parent for file in sorted(place.glob(f"*/{PEFT_CONFIG}"))}
+        if found and not (place / FILE).exists():
+            return found
+    return {}
 
 
 def _locate(path: Path) -> Path:

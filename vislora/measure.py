@@ -49,11 +49,12 @@ class Norms:
 def norms(adapter: Handle) -> dict[str, Norms]:
     """{site: Norms} for every site, of the update at strength 1, from float32 factors.
 
-    Where the change is known as whole matrices alone, `spectral` of a large one is an estimate from below.
+    Where the change is known as whole matrices alone, `spectral` of a large one is an estimate from below,
+    and there are none where PEFT cannot say what its layers amount to.
     """
     out = {}
     if isinstance(adapter, Dense):
-        for name, weight, delta in adapter.changes():
+        for name, weight, delta in adapter.changes() if adapter.measurable else ():
             frobenius, size = torch.linalg.vector_norm(delta).item(), torch.linalg.vector_norm(weight).item()
             out[name] = Norms(frobenius, _largest_value(delta.flatten(1)), size, 2.0, frobenius, None)
         return out

@@ -1,4 +1,4 @@
-"""--adapter full and none through the DreamBooth script."""
+"""--adapter full, none and peft through the DreamBooth script."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from script_runs import lines, refused, state
 
 import vislora
 from vislora.diffusion.sample import render
-from vislora.io import read
+from vislora.io import LORA_FILE, read
 
 DRAWN = ("--validation_prompt", "a b", "--num_validation_images", "1", "--validation_inference_steps", "2")
 
@@ -104,12 +104,81 @@ def test_the_frozen_base_is_drawn_and_not_trained(run, model, place, capsys):
     assert (place / "again/samples/step-000000/00-00.png").read_bytes() == first[0].read_bytes()
 
 
+PEFT = {
+    "LORA": {"r": 2}, "ADALORA": {"init_r": 4, "target_r": 2}, "VERA": {"r": 4}, "LOHA": {"r": 2}, "LOKR": {"r": 2},
+    "OFT": {"oft_block_size": 4, "r": 0}, "BOFT": {"boft_block_size": 4}, "IA3": {}, "DELORA": {"r": 2},
+    "LILY": {"r": 2},
+}  # fmt: skip
+
+
+def peft(kind: str, **options) -> tuple[str, ...]:
+    """The flags for a configuration of this type, which is written here."""
+    file = Path(f"{kind}.json")
+    file.write_text(json.dumps({"peft_type": kind, **PEFT[kind], **options}))
+    return "--adapter", "peft", "--peft_config", str(file), "--learning_rate", "1e-2"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's advice on its own options
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("kind", PEFT)
+def test_pefts_types_train_and_load(run, model, kind, precision):
+    run(*peft(kind), "--mixed_precision", precision, "--output_dir", "out", "--validation_inference_steps", "2")
+    out = Path("out")
+    logged = lines("out")
+    assert len(logged) == 3 and all(np.isfinite(entry["loss"]) for entry in logged)
+    metrics = json.loads((out / "metrics.json").read_text())
+    measured = kind != "LILY"  # which PEFT cannot merge
+    assert len(logged[-1]["layers"]) == 32 * measured and (metrics["largest_norm"] > 0) == measured
+    assert (out / LORA_FILE).is_file() == (kind == "LORA")
+    assert ("penalty" in logged[0]) == (kind == "ADALORA")
+    if kind == "LORA":
+        assert metrics["diffusers_export_error"] < 1e-3
+    else:
+        assert metrics["diffusers_export_error"] is None
+        assert "load_lora_weights" not in (out / "README.md").read_text()
+    pipe = stock(model)
+    base = render(pipe, ["a b"], [1], 2, 1.0, 1)[0]
+    handle = vislora.load(pipe, out)
+    assert handle.method.kind == kind and len(handle.sites) == 32
+    assert all(t.isfinite().all() for _, t in handle.named_tensors() if t.is_floating_point())
+    handle.detach()
+    assert np.array_equal(base, render(pipe, ["a b"], [1], 2, 1.0, 1)[0])
+
+
+@pytest.mark.parametrize("kind, more", [("ADALORA", ("--train_text_encoder", "--text_encoder_lr", "1e-2")),
+                                        ("LORA", ("--with_prior_preservation", "--class_prompt", "b",
+                                                  "--prior_source", "base_output"))])  # fmt: skip
+def test_resuming_peft_is_exact(run, place, kind, more):
+    dropout = {"lora_dropout": 0.3}
+    flags = (*peft(kind, **dropout), *more, "--max_train_steps", "4", "--checkpointing_steps", "1")
+    run(*flags, "--output_dir", "whole")
+    run(*flags, "--output_dir", "parts")
+    cut_back(place / "parts", 2)
+    run(*flags, "--output_dir", "parts", "--resume_from_checkpoint", "latest")
+    whole, parts = state("whole", 4), state("parts", 4)
+    assert whole.keys() == parts.keys() and all(torch.equal(t, parts[k]) for k, t in whole.items())
+    assert any("text_encoder" in k for k in whole) == (kind == "ADALORA")
+    if kind == "LORA":
+        assert lines("whole")[0]["loss_prior"] < 1e-9 < lines("whole")[1]["loss_prior"]
+
+
+def test_a_changed_peft_configuration_is_not_resumed(run, capsys):
+    run(*peft("LORA"), "--output_dir", "out", "--checkpointing_steps", "1")
+    line = refused(run, capsys, *peft("LORA", r=4), "--output_dir", "out", "--resume_from_checkpoint", "latest")
+    assert "adapter_options" in line and "'r': 4" in line
+
+
 def test_what_baselines_lack_is_refused(run, capsys, place):
     for flags, words in (
         (("--adapter", "full", "--rank", "4"), ("--rank", "full has no such option", "no options")),
         (("--adapter", "none", "--targets", "to_q"), ("targets", "none")),
         (("--adapter", "full", "--targets", "to_qq"), ("to_qq", "to_q")),
         (("--adapter", "ful"), ("ful", "full")),
+        (("--adapter", "peft"), ("--peft_config", "required")),
+        (("--adapter", "lora", "--peft_config", "x.json"), ("--peft_config", "lora has no such option")),
+        (("--adapter", "peft", "--peft_config", "gone.json"), ("gone.json", "cannot be read")),
+        ((*peft("LOHA", target_modules=["to_q"]), "--targets", "to_v"), ("to_v", "target_modules")),
+        ((*peft("LORA", lora_alfa=2),), ("lora_alfa", "lora_alpha")),
     ):
         line = refused(run, capsys, *flags)
         assert all(word in line for word in words), line

@@ -57,7 +57,7 @@ class DreamBoothOptions:
     sample_batch_size: int = option(4, "images generated at a time, class images and validation", group=_PRIOR)
 
     adapter: str = option(
-        "nb_lora", "a method, or full or none; its options are flags of their own", group=_ADAPTER
+        "nb_lora", "a method, or full, none or peft; its options are flags of their own", group=_ADAPTER
     )
     targets: tuple[str, ...] = option(
         (), "of the UNet: a preset, a regular expression, or suffixes of layer names; none: its attention",
