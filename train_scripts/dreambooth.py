@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import resource
 import sys
 import time
 from contextlib import nullcontext
@@ -31,14 +30,14 @@ from tqdm.auto import tqdm
 
 import vislora
 from vislora import adapters, config, optim, world
+from vislora.baselines import BASELINES
 from vislora.data.captions import check_tokens
 from vislora.diffusion import conditioning, loss, models, validation
-from vislora.diffusion.card import run_card
 from vislora.diffusion.dataset import class_set, instance_set
 from vislora.diffusion.options import FREE_ON_RESUME, DreamBoothOptions
+from vislora.diffusion.results import conclude, draw_base
 from vislora.diffusion.verify import exported_error
 from vislora.errors import InputError, run_script
-from vislora.export import check_exportable, read_certificate
 from vislora.training import checkpoint, telemetry
 from vislora.training.cores import use_cores
 from vislora.training.dry_run import describe
@@ -62,7 +61,7 @@ def main(argv: list[str]) -> None:
     photos = instance_set(options, options.resolution or models.resolution_of(options.pretrained_model_name_or_path))
     RunFolder.check(options.output_dir, options.resume_from_checkpoint)
 
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    dtype = models.weight_dtype(precision, method)
     diffusion = models.load(
         options.pretrained_model_name_or_path, options.revision, options.variant, dtype, accelerator.device
     )
@@ -74,6 +73,8 @@ def main(argv: list[str]) -> None:
     folder = RunFolder.create(options.output_dir, options.resume_from_checkpoint) if main_process else None
     (path,) = broadcast_object_list([str(folder.path) if folder else None])
     with folder or RunFolder(Path(path)) as folder:
+        if next(adapter.parameters(), None) is None:
+            return draw_base(options, adapter, diffusion, [p.path for p in photos.photos], prompts, folder)
         Run(options, adapter, accelerator, diffusion, photos, prompts, folder).go()
 
 
@@ -81,7 +82,7 @@ def parse(argv: list[str]) -> tuple[DreamBoothOptions, vislora.Method]:
     """The options; those of the embedded world where neither a model nor photos are named."""
     words = dict(
         prog="dreambooth.py", description=__doc__.splitlines()[0],
-        methods={name: adapters.get(name) for name in vislora.methods()},
+        methods={name: adapters.get(name) for name in vislora.methods()} | BASELINES,
     )  # fmt: skip
     options, method = config.parse(DreamBoothOptions, argv, **words)
     if options.pretrained_model_name_or_path is None and options.instance_data_dir is None:
@@ -97,7 +98,7 @@ def attach(options: DreamBoothOptions, method: vislora.Method, diffusion: models
     if options.train_text_encoder:
         parts["text_encoder"], targets["text_encoder"] = diffusion.text_encoder, None
     adapter = vislora.attach(parts, method, targets=targets, seed=options.seed)
-    check_exportable(adapter)
+    adapter.check_exportable(options.export_rank)
     return adapter
 
 
@@ -242,7 +243,8 @@ class Run:
         return conditioning.encode(self.models, conditioning.tokenize(self.models, prompts), True, self.text_encoder)
 
     def about(self) -> dict:
-        return {"config": config.to_dict(self.options, self.adapter.method), "photos": self.photos.hashes()}
+        own = {"adapter_options": self.adapter.method.options()}
+        return {"config": config.to_dict(self.options) | own, "photos": self.photos.hashes()}
 
     def save(self, step: int) -> None:
         save_state(
@@ -271,23 +273,7 @@ class Run:
         error = exported_error(self.sampler, self.adapter, self.folder.path, rank=self.options.export_rank)
         log.images(self.total, "samples", self.validation.draw(self.sampler, self.total))
         grid = self.validation.compare(self.total)
-        certificate = read_certificate(file)  # of what the file holds
-        share, lost = certificate["largest_share"], certificate["largest_lost"]
-        self.folder.write_metrics({
-            "steps": self.total,
-            "trainable_parameters": sum(p.numel() for p in self.adapter.parameters()),
-            "largest_norm": certificate["largest_norm"],
-            "largest_share": share, "largest_lost": lost,
-            "diffusers_export_error": error,
-            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        })  # fmt: skip
-        card = run_card(self.folder.path, self.options, certificate, grid, self.models.pipeline_class)
-        self.folder.readme.write_text(card, encoding="utf-8")
-        print(f"\nadapter    {self.folder.adapter}")
-        print(f"diffusers  {file} (lost: {lost:.1%} of a layer; read back by stock diffusers, off by {error:.0e})")
-        if share is not None:
-            print(f"bound      at most {share:.1%} of any layer's bound is in use")
-        print(f"look at    {grid or self.folder.path}")
+        conclude(self.folder, self.options, self.adapter, self.total, grid, self.models.pipeline_class, file, error)
 
 
 if __name__ == "__main__":

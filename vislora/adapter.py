@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from .adapters import Method
 from .errors import InputError
+from .handle import Handle
 from .part import Part
+from .quantized import is_quantized
 from .site import Site, qualified
 from .tap import (
     RootHook,
@@ -30,7 +32,7 @@ from .update import Update
 log = logging.getLogger("vislora")
 
 
-class Adapter:
+class Adapter(Handle):
     """The handle that `attach` and `load` return.
 
     parts: {component name: Part}; one part with the empty name where a bare module was adapted.
@@ -39,29 +41,14 @@ class Adapter:
     def __init__(
         self, name: str, method_name: str, method: Method, parts: dict[str, tuple[nn.Module, Part]], seed: int
     ):
-        self.name, self.method_name, self.method, self.seed = name, method_name, method, seed
-        self.roots = {component: root for component, (root, _) in parts.items()}
+        super().__init__(name, method_name, method, {component: root for component, (root, _) in parts.items()}, seed)
         self.parts = {component: part for component, (_, part) in parts.items()}
-        self.step = 0
-        self._max_lr: float | None = None
-        self._first_lr = 0.0
-        self.optimizer: torch.optim.Optimizer | None = None
         self._preparing = False
-        self._step_hook = None
-        self._is_merged = False
         self._hooks: list[RootHook] = []
         for root, part in parts.values():
             self._hooks.append(install(root, part))
 
     # ---- what trains
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """("<site>.<tensor>", parameter) for every trainable tensor."""
-        return ((name, t) for name, t in self.named_tensors() if isinstance(t, nn.Parameter))
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The trainable tensors alone."""
-        return (parameter for _, parameter in self.named_parameters())
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """("<site>.<tensor>", tensor) for everything that must be kept: parameters and fixed tensors."""
@@ -70,15 +57,8 @@ class Adapter:
                 for name, tensor in part.own_tensors(site).items():
                     yield f"{qualified(component, site.name)}.{name}", tensor
 
-    @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Overwrite every tensor from `named_tensors` of an equal adapter. Raises InputError for any difference."""
-        from .io import require_same_tensors
-
-        own = dict(self.named_tensors())
-        require_same_tensors(own, tensors, "adapter")
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+        super().load_tensors(tensors)
         for part in self.parts.values():
             part.prepared = True
         self._clear()
@@ -99,27 +79,11 @@ class Adapter:
                         groups.setdefault((component, ratio), own)["params"].append(tensor)
         return list(groups.values())
 
-    def bind(self, optimizer: torch.optim.Optimizer, total_steps: int, first_lr: float | None = None) -> None:
-        """Follow the optimizer's steps: `method.on_step` runs after each, and computed updates are dropped.
-
-        Reads the largest learning rate, which penalties are scaled by. Takes accelerate's wrapped optimizers too.
-        first_lr: the schedule's first non-zero rate, where a warm-up holds the optimizer's at zero now.
-        """
-        inner = getattr(optimizer, "optimizer", optimizer)
-        self.optimizer = inner
-        self._first_lr = first_lr or max(float(g["lr"]) for g in inner.param_groups)
-        rates = [float(g.get("initial_lr", g["lr"])) for g in inner.param_groups]
-        self._max_lr, self.total_steps = max(rates), total_steps
-        if self._step_hook is not None:
-            self._step_hook.remove()
-
-        def after(optimizer, args, kwargs) -> None:
-            if not self._preparing:
-                self.step += 1
-                self.method.on_step(self, self.step, optimizer)
-            self._clear()
-
-        self._step_hook = inner.register_step_post_hook(after)
+    def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self._preparing:
+            super()._stepped(optimizer)
+            self.method.on_step(self, self.step, optimizer)
+        self._clear()
 
     def first_lr(self) -> float:
         """The schedule's first non-zero learning rate. Raises InputError where it is not known."""
@@ -145,7 +109,7 @@ class Adapter:
         Raises InputError before `bind` for a method that has one.
         """
         if not self.method.has_penalty():
-            return torch.zeros((), device=next(self.parameters()).device)
+            return super().penalty()
         if self._max_lr is None:
             raise InputError("penalty", f"{self.method_name} scales it by a learning rate", "call adapter.bind first")
         sites = [part.tensors_of(site) for part in self.parts.values() for site in part.sites]
@@ -174,6 +138,11 @@ class Adapter:
                 out[key][rows] += part.adapter_weight * update.dense(site.weight()).float()
         return out
 
+    def base_weights(self) -> Iterator[tuple[str, list[int], Callable[[], Tensor]]]:
+        for component, part in self.parts.items():
+            for site in part.sites:
+                yield qualified(component, site.name), [site.m, site.n], site.weight
+
     @property
     def weight(self) -> float:
         """Strength: what the delta is multiplied by."""
@@ -189,8 +158,7 @@ class Adapter:
     @contextlib.contextmanager
     def disabled(self):
         """Inside, the model computes what the base computes, bit for bit."""
-        if self._is_merged:
-            raise InputError("disabled", f"{self.name!r} is merged into the weights", "unmerge it first")
+        self._require_unmerged("disabled")
         for part in self.parts.values():
             part.disabled += 1
         try:
@@ -211,35 +179,18 @@ class Adapter:
             for holder, part in holders:
                 holder.add_module(f"vislora_{part.adapter_name}", part)
 
-    def merge(self) -> None:
-        """Fold the delta into the weights; `unmerge` puts the untouched originals back."""
-        if self._is_merged:
-            raise InputError("merge", f"{self.name!r} is merged already", "unmerge it first")
+    def _fold(self) -> None:
         for component, part in self.parts.items():
             require_float_weights(part)
             require_untied(self.roots[component], part)
         for part in self.parts.values():
             for tap in taps_of(part):
                 tap.merge(part)
-        self._is_merged = True
 
-    def unmerge(self) -> None:
-        """Take the delta out of the weights again, bit for bit."""
-        if not self._is_merged:
-            raise InputError("unmerge", f"{self.name!r} is not merged", "call merge first")
+    def _unfold(self) -> None:
         for part in self.parts.values():
             for tap in taps_of(part):
                 tap.unmerge(part)
-        self._is_merged = False
-
-    @contextlib.contextmanager
-    def merged(self):
-        """Folded into the weights inside; exact on leaving, after an exception too."""
-        self.merge()
-        try:
-            yield
-        finally:
-            self.unmerge()
 
     def detach(self, merge: bool = False) -> None:
         """Remove the adapter. merge=False: the base model bit for bit. True: the delta stays in the weights."""
@@ -267,6 +218,11 @@ class Adapter:
 
         return save(self, Path(folder))
 
+    def check_exportable(self, rank: int | None = None) -> None:
+        from .export import check_exportable
+
+        check_exportable(self)
+
     def export(self, folder: str | Path, format: str = "diffusers", rank: int | None = None) -> Path:
         """Write a file that stock tools load, squeezed to `rank` where that is smaller. Returns the file's path.
 
@@ -275,6 +231,10 @@ class Adapter:
         from .export import export
 
         return export(self, Path(folder), format, rank)
+
+    @property
+    def quantized(self) -> bool:
+        return any(is_quantized(site.module) for part in self.parts.values() for site in part.sites)
 
     @property
     def sites(self) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,22 +11,31 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .adapters import Method, get
+from .baselines import BASELINES, Baseline
 from .errors import InputError, near
+from .handle import Handle, require_free
 from .part import Part
 from .site import Site, find, qualified
-from .tap import part_holder
+from .tap import part_holder, parts_of
+
+Search = Callable[[nn.Module, Any], list[Site]]
+Place = tuple[str, nn.Module, list[Site]]  # component, root, sites
 
 
 def attach(
     model: Any,
-    method: str | Method,
+    method: str | Method | Baseline,
     *,
     targets: str | Iterable[str] | Mapping[str, Any] | None = None,
     name: str = "default",
     seed: int = 0,
     **options: Any,
-) -> Adapter:
+) -> Handle:
     """Freeze `model` and let it train by `method`. The adapted model starts as the base model.
+
+    method: a name of `vislora.methods()` gives an `Adapter`. "full" trains the model's own parameters (in float32;
+    targets: those of the modules named), "none" nothing; "peft" takes a method of PEFT (`peft_config=`, a mapping or
+    a file).
 
     model: a module, a diffusers pipeline, or {component name: module}. Of a pipeline with no targets given, the
     denoiser is adapted; with targets, every denoiser and text encoder where they match.
@@ -35,18 +44,26 @@ def attach(
     seed: the random start is a function of it and of each site's name alone; no global state is drawn from.
     Raises InputError for an unknown method, option or target, or a name already taken; the model is then untouched.
     """
-    if isinstance(method, Method):
-        method_name = type(method).__module__.rpartition(".")[2]
+    if isinstance(method, Method | Baseline):
         if options:
             raise InputError("attach", f"options {sorted(options)} beside a Method", "set them on the Method")
         method.check()
+        method_name = type(method).__module__.rpartition(".")[2]
+    elif method in BASELINES:
+        method_name, method = method, BASELINES[method].from_options(options)
     else:
         method_name, method = method, get(method).from_options(method, options)
+    search = method.find if isinstance(method, Baseline) else find
     if isinstance(targets, Mapping):
-        places = _named_places(model, targets)
+        places = _named_places(model, targets, search)
     else:
-        places = _places(model, targets if targets is None or isinstance(targets, str) else list(targets))
+        places = _places(model, targets if targets is None or isinstance(targets, str) else list(targets), search)
     found = {component: (root, sites) for component, root, sites in places}
+    for root, _ in found.values():
+        require_free(root)
+    if isinstance(method, Baseline):
+        _require_bare(found, method.word)
+        return method.build(found, name, seed)
     tensors = {
         component: [method.init(s, _generator(seed, qualified(component, s.name))) for s in sites]
         for component, (_, sites) in found.items()
@@ -66,12 +83,21 @@ def build(
     if not name or "." in name:
         raise InputError("name", f"{name!r} is no adapter name", "take a word without dots")
     for root, sites in found.values():
+        require_free(root)
         if f"vislora_{name}" in part_holder(root, sites[0].module)._modules:
             wrong = f"{name!r} is taken on this model"
             raise InputError("name", wrong, "give another name=, or detach that adapter first")
     shared = shared_tensors(method, found, seed)
     parts = {c: (root, Part(root, sites, method, tensors[c], shared, name)) for c, (root, sites) in found.items()}
     return Adapter(name, method_name, method, parts, seed)
+
+
+def _require_bare(found: dict[str, tuple[nn.Module, list[Site]]], word: str) -> None:
+    """Raise InputError if an adapter is attached to one of the models."""
+    for root, _ in found.values():
+        if parts_of(root):
+            wrong = f"{parts_of(root)[0].adapter_name!r} is on {type(root).__name__}, and {word} needs it to itself"
+            raise InputError("attach", wrong, "detach that adapter first")
 
 
 def shared_tensors(method: Method, found: dict[str, tuple[nn.Module, list[Site]]], seed: int) -> dict[str, Tensor]:
@@ -100,28 +126,28 @@ def components(model: Any) -> dict[str, nn.Module]:
     raise InputError("model", f"a {type(model).__name__}", "give a module, a diffusers pipeline or {name: module}")
 
 
-def _named_places(model: Any, targets: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module, list[Site]]]:
+def _named_places(model: Any, targets: Mapping[str, Any], search: Search) -> Iterator[Place]:
     parts = components(model)
     for component, words in targets.items():
         if component not in parts:
             wrong = f"{component!r} is no component{near(component, parts)}"
             raise InputError("targets", wrong, f"name some of {', '.join(parts)}")
-        yield component, parts[component], find(parts[component], words)
+        yield component, parts[component], search(parts[component], words)
 
 
-def _places(model: Any, targets) -> Iterator[tuple[str, nn.Module, list[Site]]]:
+def _places(model: Any, targets, search: Search) -> Iterator[Place]:
     parts = components(model)
     if len(parts) == 1 or (targets is None and isinstance(model, dict)):
         for component, root in parts.items():
-            yield component, root, find(root, targets)
+            yield component, root, search(root, targets)
     elif targets is None:
         component = next(iter(parts))  # a pipeline's denoiser comes first
-        yield component, parts[component], find(parts[component], None)
+        yield component, parts[component], search(parts[component], None)
     else:
         hits, refused = [], None
         for component, root in parts.items():
             try:
-                hits.append((component, root, find(root, targets)))
+                hits.append((component, root, search(root, targets)))
             except InputError as error:  # targets may belong to one component alone
                 refused = refused or error
         if not hits:

@@ -50,12 +50,12 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
-def read_yaml(file: str | Path) -> dict[str, Any]:
+def read_yaml(file: str | Path, flag: str = "--config") -> dict[str, Any]:
     """The mapping in a YAML file, `adapter_options` folded in. InputError unless it is plain data with unique keys."""
     try:
         data = yaml.load(Path(file).read_text(encoding="utf-8-sig"), _Loader)  # a SafeLoader
     except OSError as error:
-        raise InputError(f"--config {file}", f"cannot be read ({error.strerror})", "name a YAML file") from None
+        raise InputError(f"{flag} {file}", f"cannot be read ({error.strerror})", "name a YAML file") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         place = f"{file}:{mark.line + 1}" if mark else str(file)

@@ -14,7 +14,8 @@ from .adapter import Adapter
 from .adapters import get
 from .attach import build, components
 from .errors import InputError
-from .io import LORA_FILE, place, read, write
+from .fit import place
+from .io import LORA_FILE, read, write
 from .measure import certificate
 from .site import find_named, qualified
 from .squeeze import squeeze
@@ -48,7 +49,7 @@ def export(adapter: Adapter, folder: Path, format: str, rank: int | None = None)
     squeezed = squeeze(adapter, rank)
     tensors: dict[str, Tensor] = {}
     for component, part in adapter.parts.items():
-        prefix = component or _COMPONENT_OF[type(adapter.roots[component]).__name__]
+        prefix = component_name(component, adapter.roots[component])
         for site in part.sites:
             update = squeezed.updates[qualified(component, site.name)]
             up, down = update.factors()
@@ -73,13 +74,22 @@ def read_certificate(file: Path) -> dict[str, Any]:
     return json.loads(header[CERTIFICATE])
 
 
+def component_name(component: str, root: nn.Module) -> str:
+    """A component's folder or prefix in diffusers' layout of SD 1.x; a bare module's goes by its class.
+
+    Raises InputError for one that has no place there.
+    """
+    kind = type(root).__name__
+    name = component or _COMPONENT_OF.get(kind, kind)
+    if name not in _COMPONENTS:
+        raise InputError("export", f"the diffusers layout has no place for {name}", "use adapter.save")
+    return name
+
+
 def check_exportable(adapter: Adapter) -> None:
     """Raise InputError if the diffusers layout cannot hold this adapter; cheap, so it can run before training."""
     for component, part in adapter.parts.items():
-        kind = type(adapter.roots[component]).__name__
-        prefix = component or _COMPONENT_OF.get(kind, kind)
-        if prefix not in _COMPONENTS:
-            raise InputError("export", f"the diffusers layout has no place for {prefix}", "use adapter.save")
+        prefix = component_name(component, adapter.roots[component])
         if any(site.rows is not None for site in part.sites):
             wrong = "slices of a fused matrix have no place in the diffusers layout"
             raise InputError("export", wrong, "use adapter.save")
@@ -125,7 +135,7 @@ def from_diffusers(model: Any, file: Path, tensors: dict[str, Tensor], header: d
             raise InputError(str(file), f"{component}.{path} has factors {shapes}", "give a LoRA of linear layers")
     found, values = {}, {}
     prefixes = sorted({component for component, _ in layers})
-    for prefix, (component, root) in place(components(model), prefixes, [], file).items():
+    for prefix, (component, root) in place(components(model), prefixes, lambda root: True, file).items():
         written = {p: layer for (c, p), layer in layers.items() if c == prefix}
         flat = {_read_path(root, prefix, path): layer for path, layer in written.items()}
         sites = find_named(root, list(flat))

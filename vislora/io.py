@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +18,10 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .adapters import Method, get
 from .attach import build, components, shared_tensors
+from .baselines import full
 from .errors import EnvironmentFault, InputError, near
+from .fit import place, require_base
+from .handle import Handle
 from .linalg import precise
 from .measure import fingerprint
 from .quantized import is_quantized
@@ -28,26 +29,30 @@ from .site import Site, find_named, qualified
 
 log = logging.getLogger("vislora")
 FILE = "adapter.safetensors"
+PEFT_CONFIG = "adapter_config.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _FORMAT = 1
-_NORM_TOLERANCE = 0.01  # bf16 and fp16 copies of a base pass, another model does not
-_QUANTIZED_TOLERANCE = 0.04  # nf4 and fp4 move most norms by 0.1 %, those of small or evenly spread weights by 2.6 %
 
 
 def save(adapter: Adapter, folder: Path) -> Path:
     """Write folder/adapter.safetensors: every tensor as "<site>.<tensor>", the configuration in the header."""
-    config = {
-        "format": _FORMAT,
-        "method": adapter.method_name,
-        "options": adapter.method.options(),
-        "seed": adapter.seed,
-        "components": list(adapter.parts),
-        "tensors": _kinds(adapter),
-        "base": fingerprint(adapter),
-    }
+    header = header_of(adapter, components=list(adapter.parts), tensors=_kinds(adapter))
     tensors = {name: t.detach().cpu().contiguous() for name, t in adapter.named_tensors()}
     require_finite(tensors, "adapter")
-    return write(tensors, {"format": "pt", "vislora": json.dumps(config)}, folder / FILE)
+    return write(tensors, header, folder / FILE)
+
+
+def header_of(handle: Handle, **more: Any) -> dict[str, str]:
+    """The header of a handle's safetensors file: method, options, seed and the base's fingerprint; `more` beside it."""
+    config = {
+        "format": _FORMAT,
+        "method": handle.method_name,
+        "options": handle.method.options(),
+        "seed": handle.seed,
+        **more,
+        "base": fingerprint(handle),
+    }
+    return {"format": "pt", "vislora": json.dumps(config)}
 
 
 def _kinds(adapter: Adapter) -> dict[str, bool]:
@@ -90,28 +95,54 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def load(
     model: Any, path: str | Path, name: str = "default", weight: float = 1.0, allow_other_base: bool = False
-) -> Adapter:
+) -> Handle:
     """Attach a saved adapter to `model`: our own folder or file, a run's folder, or a diffusers LoRA of SD 1.x.
 
+    What `save` of full fine-tuning and of PEFT's methods wrote is read back too, as is any folder in PEFT's layout.
     model: a module, a pipeline or {component: module}, as for `attach`.
     weight: the adapter's strength. allow_other_base: skip the comparison with the base it was trained on.
     Every layer of the file must be found in the model, by name and shape, and every tensor be finite.
     Raises InputError for a file of which nothing, or only a part, fits; the model is then untouched.
     """
+    if folders := _peft_folders(Path(path)):
+        from .baselines import _peft_handle  # PEFT takes seconds to import
+
+        return _weighted(_peft_handle.load(model, folders, name, allow_other_base), weight)
     file = _locate(Path(path))
     tensors, header = read(file)
     if not tensors:
         raise InputError(str(file), "holds no tensors", "train or copy it again")
     require_finite(tensors, str(file))
     if "vislora" in header:
-        adapter = _load_own(model, file, tensors, header["vislora"], name, allow_other_base)
+        config = _config(file, header["vislora"])
+        read_in = full.load if config["method"] == full.Full.word else _load_own
+        adapter = read_in(model, file, tensors, config, name, allow_other_base)
     else:
         from .export import from_diffusers
 
         adapter = from_diffusers(model, file, tensors, header, name)
-    adapter.weight = weight
     log.info("%s: all of its %d layers are matched", file, len(adapter.sites))
-    return adapter
+    return _weighted(adapter, weight)
+
+
+def _weighted(handle: Handle, weight: float) -> Handle:
+    try:
+        handle.weight = weight
+        return handle
+    except InputError:
+        handle.detach()
+        raise
+
+
+def _peft_folders(path: Path) -> dict[str, Path]:
+    """{component: folder} where `path`, or a run's adapter folder in it, is in PEFT's layout; else nothing."""
+    for folder in (path, path / "adapter"):
+        if (folder / PEFT_CONFIG).is_file():
+            return {"": folder}
+        found = {file.parent.name: file.parent for file in sorted(folder.glob(f"*/{PEFT_CONFIG}"))}
+        if found and not (folder / FILE).exists():
+            return found
+    return {}
 
 
 def _locate(path: Path) -> Path:
@@ -128,20 +159,28 @@ def _locate(path: Path) -> Path:
     return path
 
 
-def _load_own(model, file: Path, tensors: dict[str, Tensor], text: str, name: str, allow_other_base: bool) -> Adapter:
+def _config(file: Path, text: str) -> dict[str, Any]:
+    """Our header, of a format that this version reads."""
     try:
-        config = json.loads(text)
-        version, method_name = config["format"], config["method"]
-        options, shapes = dict(config["options"]), dict(config["base"]["shapes"])
+        config = dict(json.loads(text))
+        version, _ = config["format"], config["method"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(str(file), f"has a damaged header ({error!r})", "copy it again") from None
+    if version != _FORMAT:
+        raise InputError(str(file), f"is of format {version}, this vislora reads {_FORMAT}", "update vislora")
+    return config
+
+
+def _load_own(model, file: Path, tensors: dict[str, Tensor], config: dict, name: str, other_base: bool) -> Adapter:
+    try:
+        method_name, options, shapes = config["method"], dict(config["options"]), dict(config["base"]["shapes"])
         kinds = {str(name): bool(trains) for name, trains in config["tensors"].items()}
         saved_norms, seed, prefixes = dict(config["base"]["norms"]), config["seed"], list(config["components"])
         on_quantized = bool(config["base"].get("quantized"))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(str(file), f"has a damaged header ({error!r})", "copy it again") from None
-    if version != _FORMAT:
-        raise InputError(str(file), f"is of format {version}, this vislora reads {_FORMAT}", "update vislora")
     method = get(method_name).from_options(method_name, options)
-    roots = place(components(model), prefixes, shapes, file)
+    roots = place(components(model), prefixes, lambda root: len(find_named(root, shapes)) == len(shapes), file)
     found: dict[str, tuple[nn.Module, list[Site]]] = {}
     values: dict[str, list[dict[str, Tensor]]] = {}
     renamed = {}
@@ -172,8 +211,9 @@ def _load_own(model, file: Path, tensors: dict[str, Tensor], text: str, name: st
     if tensors:
         wrong = f"{len(tensors)} tensors belong to no layer: {', '.join(sorted(tensors)[:5])}"
         raise InputError(str(file), wrong, "copy it again")
-    if not allow_other_base:
-        _require_base(saved_norms, renamed, on_quantized, file)
+    if not other_base:
+        rounded = on_quantized or any(is_quantized(site.module) for site in renamed.values())
+        require_base(saved_norms, {saved: site.weight for saved, site in renamed.items()}, file, rounded)
     adapter = build(name, method_name, method, found, values, seed)
     for part in adapter.parts.values():
         part.prepared = True
@@ -194,30 +234,6 @@ def _require_fit(method: Method, site: Site, tensors: dict[str, Tensor], file: P
         raise InputError(str(file), wrong, "train or copy it again")
 
 
-def place(parts: dict[str, nn.Module], prefixes: list[str], names: Iterable[str], file: Path):
-    """{prefix in the file: (component, root)} of a model's components for a file's.
-
-    A file of a bare module finds its component in a pipeline; one of a single component loads into a bare module.
-    """
-    if len(prefixes) == 1 and (prefixes[0] not in parts):
-        if list(parts) == [""]:
-            return {prefixes[0]: ("", parts[""])}
-        if prefixes == [""]:
-            names = list(names)
-            fit = [c for c, root in parts.items() if len(find_named(root, names)) == len(names)]
-            if len(fit) == 1:
-                return {"": (fit[0], parts[fit[0]])}
-    missing = [prefix for prefix in prefixes if prefix not in parts]
-    if missing:
-        wrong = f"adapts {', '.join(p or 'a bare module' for p in prefixes)}; the model given has {_named(parts)}"
-        raise InputError(str(file), wrong, "give the whole pipeline, or the component it was trained on")
-    return {prefix: (prefix, parts[prefix]) for prefix in prefixes}
-
-
-def _named(parts: dict[str, nn.Module]) -> str:
-    return ", ".join(component or type(root).__name__ for component, root in parts.items())
-
-
 def _has_prefix(name: str, prefix: str, prefixes: list[str]) -> bool:
     return prefixes == [""] or name.startswith(prefix + ".")
 
@@ -229,18 +245,6 @@ def _require_all(names: list[str], sites: list[Site], root: nn.Module, file: Pat
         known = [n for n, m in root.named_modules() if isinstance(m, nn.Linear)]
         wrong = f"{len(missing)} of its {len(names)} layers are not in {type(root).__name__}: {', '.join(missing[:5])}"
         raise InputError(str(file), wrong + near(missing[0], known), "load it into the model it was trained on")
-
-
-def _require_base(saved: dict[str, float], sites: dict[str, Site], on_quantized: bool, file: Path) -> None:
-    off = []
-    for name, norm in saved.items():
-        own = torch.linalg.vector_norm(sites[name].weight()).item()
-        rounded = on_quantized or is_quantized(sites[name].module)
-        if not math.isclose(own, norm, rel_tol=_QUANTIZED_TOLERANCE if rounded else _NORM_TOLERANCE):
-            off.append(f"{name} has norm {own:.4g}, the adapter's base {norm:.4g}")
-    if off:
-        wrong = f"was trained on another base ({len(off)} of {len(saved)} weights differ: {off[0]})"
-        raise InputError(str(file), wrong, "load that base, or pass allow_other_base=True")
 
 
 def require_finite(tensors: dict[str, Tensor], subject: str) -> None:

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from . import linalg
-from .quantized import is_quantized
+from .handle import Dense, Handle
 from .squeeze import Squeezed, squeeze
 from .update import Update
 
 if TYPE_CHECKING:
-    from .adapter import Adapter
     from .site import Site
 
 _FINGERPRINT_WEIGHTS = 16
+_EXACT_SIDE = 128  # an exact spectrum of larger matrices would take longer than the steps between two measurements
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,19 @@ class Norms:
 
 
 @torch.no_grad()
-def norms(adapter: Adapter, instead: Mapping[str, Update] | None = None) -> dict[str, Norms]:
+def norms(adapter: Handle, instead: Mapping[str, Update] | None = None) -> dict[str, Norms]:
     """{site: Norms} for every site, of the update at strength 1, from float32 factors.
 
     instead: {site: Update} to measure in the place of the adapter's own, such as squeezed ones.
+    Where the change is known as whole matrices alone, `spectral` of a large one is an estimate from below,
+    and there are none where PEFT cannot say what its layers amount to.
     """
     out = {}
+    if isinstance(adapter, Dense) and instead is None:
+        for name, weight, delta in adapter.changes() if adapter.measurable else ():
+            frobenius, size = torch.linalg.vector_norm(delta).item(), torch.linalg.vector_norm(weight).item()
+            out[name] = Norms(frobenius, _largest_value(delta.flatten(1)), size, 2.0, frobenius, None)
+        return out
     for name, site, tensors, update in adapter.site_updates():
         values = _singular_values(update if instead is None else instead[name], site)
         bound = adapter.method.bound(tensors)
@@ -70,6 +77,13 @@ def norms(adapter: Adapter, instead: Mapping[str, Update] | None = None) -> dict
     return out
 
 
+def _largest_value(matrix: Tensor) -> float:
+    """The largest singular value of (m, n); where both are large, by subspace iteration from a fixed start."""
+    if min(matrix.shape) <= _EXACT_SIDE:
+        return torch.linalg.svdvals(matrix)[0].item()
+    return linalg.top_svd(matrix, 1, niter=8, generator=torch.Generator().manual_seed(0))[1][0].item()
+
+
 def _singular_values(update, site: Site) -> Tensor:
     """Of the update, without forming it where it is a plain product of low rank."""
     up, down = update.factors()
@@ -78,14 +92,16 @@ def _singular_values(update, site: Site) -> Tensor:
     return torch.linalg.svdvals(update.dense(site.weight()))
 
 
-def certificate(adapter: Adapter, squeezed: Squeezed | None = None) -> dict[str, Any]:
+def certificate(adapter: Handle, squeezed: Squeezed | None = None) -> dict[str, Any]:
     """What the exported file states: method, options, each module's measured norm and bound, the base's fingerprint.
 
     squeezed: the updates that the file holds; None for those of its full rank. Norms are theirs, at strength 1; `lost`
     is the share of the adapter's own norm that they lack. `largest_share` is None for a method that promises no bound.
     """
-    squeezed = squeeze(adapter) if squeezed is None else squeezed
-    measured = norms(adapter, squeezed.updates)
+    if squeezed is None and not isinstance(adapter, Dense):
+        squeezed = squeeze(adapter)
+    measured = norms(adapter, None if squeezed is None else squeezed.updates)
+    lost = {} if squeezed is None else squeezed.lost
     shares = [n.share for n in measured.values() if n.share is not None]
     return {
         "method": adapter.method_name,
@@ -93,29 +109,31 @@ def certificate(adapter: Adapter, squeezed: Squeezed | None = None) -> dict[str,
         "modules": {
             name: {
                 "p": "inf" if n.p == math.inf else n.p, "norm": n.norm, "spectral": n.spectral, "bound": n.bound,
-                "lost": squeezed.lost[name],
+                "lost": lost.get(name, 0.0),
             }  # fmt: skip
             for name, n in measured.items()
         },
-        "ranks": squeezed.ranks,
-        "largest_norm": max(n.norm for n in measured.values()),
-        "largest_spectral": max(n.spectral for n in measured.values()),
+        "ranks": {} if squeezed is None else squeezed.ranks,
+        "largest_norm": max((n.norm for n in measured.values()), default=0.0),
+        "largest_spectral": max((n.spectral for n in measured.values()), default=0.0),
         "largest_share": max(shares) if shares else None,
-        "largest_lost": max(squeezed.lost.values()),
+        "largest_lost": max(lost.values(), default=0.0),
         "base": fingerprint(adapter),
     }
 
 
-def fingerprint(adapter: Adapter) -> dict[str, Any]:
-    """What a base is recognised by: its adapted modules' shapes, and the norms of up to 16 of their weights.
+@torch.no_grad()
+def fingerprint(adapter: Handle) -> dict[str, Any]:
+    """What a base is recognised by: its adapted weights' shapes, and the norms of up to 16 of them.
 
     quantized: whether any of them is, so that norms are not expected to agree as closely.
     """
-    sites = [(n, s) for n, s, _, _ in adapter.site_updates()]
-    step = max(1, len(sites) // _FINGERPRINT_WEIGHTS)
+    weights = list(adapter.base_weights())
+    step = max(1, len(weights) // _FINGERPRINT_WEIGHTS)
+    chosen = weights[::step][:_FINGERPRINT_WEIGHTS]
     return {
         "classes": {component: type(root).__name__ for component, root in adapter.roots.items()},
-        "shapes": {name: [site.m, site.n] for name, site in sites},
-        "quantized": any(is_quantized(site.module) for _, site in sites),
-        "norms": {n: torch.linalg.vector_norm(s.weight()).item() for n, s in sites[::step][:_FINGERPRINT_WEIGHTS]},
+        "shapes": {name: shape for name, shape, _ in weights},
+        "quantized": adapter.quantized,
+        "norms": {name: torch.linalg.vector_norm(read()).item() for name, _, read in chosen},
     }

@@ -156,7 +156,7 @@ def help_text(script: Mapping[str, Option], of_method: Mapping[str, Mapping[str,
     groups |= {f"--adapter {name}": list(own.values()) for name, own in of_method.items()}
     lines = [f"usage: {prog} [--config FILE.yaml] [--FLAG VALUE ...]", "", *textwrap.wrap(about, 100)]
     for title, members in groups.items():
-        lines += ["", f"{title}:"]
+        lines += ["", f"{title}:"] if members else []
         for one in members:
             default = "required" if one.default is MISSING else f"default: {plain(one.default)}"
             also = "; also " + " ".join("--" + alias for alias in one.aliases) if one.aliases else ""

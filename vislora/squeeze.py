@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import linalg
 from .adapters._method import require_rank
-from .site import Site, qualified
+from .site import Site
 from .update import Update
 
 if TYPE_CHECKING:
@@ -43,13 +43,15 @@ def squeeze(adapter: Adapter, rank: int | None = None) -> Squeezed:
     if rank is not None:
         require_rank(rank)
     updates, ranks, lost = {}, {}, {}
-    for component, part in adapter.parts.items():
-        whole = [update.detach() for update in part()]
-        held = max(update.factors()[0].shape[-1] for update in whole)
-        needed = max(_needed(update) for update in whole) or held  # nothing can be said of an update of zeros
+    whole: dict[str, dict[str, tuple[Site, Update]]] = {component: {} for component in adapter.roots}
+    for name, site, _, update in adapter.site_updates():
+        whole[name.partition(".")[0] if "" not in whole else ""][name] = (site, update)
+    for component, of_component in whole.items():
+        held = max(update.factors()[0].shape[-1] for _, update in of_component.values())
+        # nothing can be said of updates of zeros
+        needed = max(_needed(update) for _, update in of_component.values()) or held
         ranks[component] = min(held, needed, held if rank is None else rank)
-        for site, update in zip(part.sites, whole, strict=True):
-            name = qualified(component, site.name)
+        for name, (site, update) in of_component.items():
             updates[name], lost[name] = _truncated(update, ranks[component], site)
     return Squeezed(updates, ranks, lost)
 

@@ -213,7 +213,7 @@ def require_untied(root: nn.Module, part: Part) -> None:
 
 def install(root: nn.Module, part: Part) -> RootHook:
     """Freeze the root and let the part act on it."""
-    own = {id(p) for other in _parts(root) for p in other.parameters()}
+    own = {id(p) for other in parts_of(root) for p in other.parameters()}
     part.frozen = [p for p in root.parameters() if p.requires_grad and id(p) not in own]
     for parameter in part.frozen:
         parameter.requires_grad_(False)
@@ -228,7 +228,7 @@ def uninstall(root: nn.Module, part: Part) -> None:
     for tap in taps_of(part):
         tap.remove(part)
     delattr(part_holder(root, part.sites[0].module), f"vislora_{part.adapter_name}")
-    others = _parts(root)
+    others = parts_of(root)
     if others:
         others[0].frozen += part.frozen
     else:
@@ -236,7 +236,8 @@ def uninstall(root: nn.Module, part: Part) -> None:
             parameter.requires_grad_(True)
 
 
-def _parts(root: nn.Module) -> list[Part]:
+def parts_of(root: nn.Module) -> list[Part]:
+    """The parts that adapters have in a model, in the order in which they were attached."""
     from .part import Part
 
     return [module for module in root.modules() if isinstance(module, Part)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -13,90 +12,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
-from tiny_sd import tiny_sd
+from script_runs import REPOSITORY, lines, photograph, refused, state
 
 import vislora
-from vislora.errors import run_script
 from vislora.export import CERTIFICATE
 from vislora.io import LORA_FILE, read
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPT = REPOSITORY / "train_scripts" / "dreambooth.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("dreambooth", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_sd(tmp_path_factory.mktemp("sd"))
-
-
-def photograph(folder: Path, count: int = 3, seed: int = 0) -> Path:
-    folder.mkdir()
-    noise = np.random.default_rng(seed)
-    for i in range(count):
-        Image.fromarray(noise.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    return folder
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    photograph(tmp_path / "photos")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def run(script, model, place):
-    """Run the script in this process. Flags given here stand beside a model, photos and three steps."""
-
-    def call(*flags: str) -> None:
-        AcceleratorState._reset_state()
-        PartialState._reset_state()
-        state = torch.random.get_rng_state()
-        usual = {
-            "--pretrained_model_name_or_path": str(model), "--instance_data_dir": "photos", "--instance_prompt": "a b",
-            "--max_train_steps": "3", "--train_batch_size": "2", "--logging_steps": "1", "--rank": "2",
-            "--report_to": "none",
-        }  # fmt: skip
-        given = {flag for flag in flags if flag.startswith("--")}
-        argv = [word for flag, value in usual.items() if flag not in given for word in (flag, value)]
-        try:
-            run_script(script.main, [*argv, *flags])
-        finally:
-            torch.random.set_rng_state(state)
-
-    return call
-
-
-def refused(run, capsys, *flags: str) -> str:
-    """The one line that the script ends with, exit status 2 and no run folder."""
-    before = {p.name for p in Path("runs").iterdir()} if Path("runs").exists() else set()
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(*flags)
-    assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vislora: error:")]
-    assert len(lines) == 1 and "->" in lines[0]
-    assert before == ({p.name for p in Path("runs").iterdir()} if Path("runs").exists() else set())
-    return lines[0]
-
-
-def lines(folder: str) -> list[dict]:
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-
-
-def state(folder: str, step: int) -> dict[str, torch.Tensor]:
-    place = Path(folder) / "checkpoints" / f"checkpoint-{step}"
-    return {f"{f}.{k}": v for f in ("adapter", "optimizer") for k, v in read(place / f"{f}.safetensors")[0].items()}
 
 
 def test_a_run_leaves_everything_and_can_be_run_again(run, place, model):

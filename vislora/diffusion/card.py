@@ -18,6 +18,9 @@ _SHOWN = (
     "max_train_steps", "num_train_epochs", "snr_gamma", "prior_loss_weight", "mixed_precision", "seed",
     "export_rank",
 )  # fmt: skip
+_KINDS = {
+    "lora": "A {} adapter of", "adapter": "A {} adapter of", "components": "A {} fine-tune of", "base": "The base",
+}  # fmt: skip
 FAMILY_TAGS = {"StableDiffusionPipeline": ["stable-diffusion", "stable-diffusion-diffusers"]}
 
 
@@ -34,8 +37,10 @@ class Certificate:
     largest_share: float  # of the bound in use, at most 1
 
 
-def run_card(folder: Path, options: DreamBoothOptions, certificate: Mapping, grid: Path | None, pipeline: str) -> str:
-    """The card of the run in `folder` from its options and `vislora.measure.certificate`."""
+def run_card(
+    folder: Path, options: DreamBoothOptions, certificate: Mapping, grid: Path | None, pipeline: str, form: str = "lora"
+) -> str:
+    """The card of the run in `folder` from its options and `vislora.measure.certificate`. form: see `model_card`."""
     shares = {name: m["norm"] / m["bound"] for name, m in certificate["modules"].items() if m["bound"]}
     bound = None
     if shares:
@@ -61,6 +66,8 @@ def run_card(folder: Path, options: DreamBoothOptions, certificate: Mapping, gri
         grid=None if grid is None else str(grid.relative_to(folder)),
         class_prompt=options.class_prompt if options.with_prior_preservation else None,
         pipeline_class=pipeline,
+        form=form,
+        classes=certificate["base"]["classes"],
     )
 
 
@@ -78,12 +85,15 @@ def model_card(
     adapter_folder: str = "adapter",
     pipeline_class: str = "StableDiffusionPipeline",
     license: str | None = None,
+    form: str = "lora",
+    classes: Mapping[str, str] | None = None,
 ) -> str:
     """The card's text: YAML front matter, then Markdown.
 
     `name` is the run folder's, `grid` and `adapter_folder` are paths relative to it; `hyperparameters` become
     a table in their order; `example_prompt` (by default the instance prompt) goes into the code;
-    `certificate` None says that there is no bound.
+    `certificate` None says that there is no bound. `form`: what stock tools load, a "lora" file or whole
+    "components" ({folder: class} in `classes`); "adapter": only vislora does; "base": nothing was trained.
     """
     on_hub = HUB_ID.fullmatch(base_model) is not None and not Path(base_model).is_dir()
     front: dict[str, object] = {}
@@ -94,47 +104,57 @@ def model_card(
         front["license"] = license
     front["instance_prompt"] = " ".join(instance_prompt.split())  # a line of "---" would end the front matter
     front["pipeline_tag"] = "text-to-image"
-    front["tags"] = ["text-to-image", "diffusers", "diffusers-training", "lora", "dreambooth", "vislora"]
+    front["tags"] = ["text-to-image", "diffusers", "diffusers-training", "dreambooth", "vislora"]
+    front["tags"] += ["lora"] if form == "lora" else []
     front["tags"] += [*FAMILY_TAGS.get(pipeline_class, []), f"vislora:{method}"]
     head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=10_000)
 
     trained = f"Trained with DreamBooth on {_code(instance_prompt)}"
-    if class_prompt:
+    if form == "base":
+        trained = "Nothing was trained; the images are the base's"
+    elif class_prompt:
         trained += f", its prior preserved on {_code(class_prompt)}"
     parts = [
         f"---\n{head}---",
         f"# {_plain(name)}",
-        f"A {_code(method)} adapter of {_code(base_model)}. {trained}.",
+        f"{_KINDS[form].format(_code(method))} {_code(base_model)}. {trained}.",
     ]
     if grid is not None:
         parts.append(f"![training photos, and samples before, during and after training]({quote(grid)})")
     prompt = example_prompt or instance_prompt
-    parts.append(f"## Use\n\n{_usage(name, base_model, adapter_folder, pipeline_class, prompt)}")
-    parts.append(f"## Norm bound\n\n{_bound(certificate)}")
+    ours = f"{name}/{adapter_folder}"
+    parts.append(f"## Use\n\n{_usage(name, base_model, ours, pipeline_class, prompt, form, classes or {})}")
+    if form != "base":
+        parts.append(f"## Norm bound\n\n{_bound(certificate)}")
     rows = "\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in hyperparameters.items())
     parts.append(f"## Training\n\n| option | value |\n|---|---|\n{rows}")
     return "\n\n".join(parts) + "\n"
 
 
-def _usage(name: str, base: str, adapter: str, pipeline: str, prompt: str) -> str:
+def _usage(
+    name: str, base: str, ours: str, pipeline: str, prompt: str, form: str, classes: Mapping[str, str]
+) -> str:
     """How to load it, with diffusers alone and with vislora."""
-    return f"""With diffusers:
-
-```python
-from diffusers import {pipeline}
-
-pipe = {pipeline}.from_pretrained({base!r})
-pipe.load_lora_weights({name!r})  # this folder
-image = pipe({prompt!r}).images[0]
-```
-
-With vislora, which counts what it loads and knows the bound:
+    lines = [f"from diffusers import {pipeline}"]
+    if form == "components":
+        libraries = {kind: "diffusers" if kind.startswith("UNet") else "transformers" for kind in classes.values()}
+        lines += [f"from {library} import {kind}" for kind, library in libraries.items()]
+    lines += ["", f"pipe = {pipeline}.from_pretrained({base!r})"]
+    if form == "lora":
+        lines.append(f"pipe.load_lora_weights({name!r})  # this folder")
+    elif form == "components":
+        lines += [f"pipe.{part} = {kind}.from_pretrained({f'{name}/{part}'!r})" for part, kind in classes.items()]
+    lines.append(f"image = pipe({prompt!r}).images[0]")
+    stock = "With diffusers:\n\n```python\n" + "\n".join(lines) + "\n```"
+    knows = ", which counts what it loads and knows the bound" if form == "lora" else ""
+    own = f"""With vislora{knows}:
 
 ```python
 import vislora
 
-adapter = vislora.load(pipe, {f"{name}/{adapter}"!r}, weight=1.0)
+adapter = vislora.load(pipe, {ours!r}, weight=1.0)
 ```"""
+    return {"base": stock, "adapter": own}.get(form, f"{stock}\n\n{own}")
 
 
 def _bound(certificate: Certificate | None) -> str:

@@ -14,6 +14,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 
+from vislora.adapters import Method
+from vislora.baselines import Baseline
 from vislora.diffusion.hub import brief, hub_errors
 from vislora.errors import InputError, near
 
@@ -92,6 +94,13 @@ class DiffusionModels:
         pipe = self.family.pipeline(**parts, scheduler=sampler, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+
+def weight_dtype(precision: str, method: Method | Baseline) -> torch.dtype:
+    """The weights' type under accelerate's --mixed_precision: its own, but float32 where the base itself trains."""
+    if isinstance(method, Baseline) and method.trains_base:
+        return torch.float32
+    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
 def load(

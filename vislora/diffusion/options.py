@@ -32,7 +32,7 @@ class DreamBoothOptions:
     revision: str | None = option(None, "of a hub model: branch, tag or commit", group=_MODEL)
     variant: str | None = option(None, "of the weight files, such as fp16", group=_MODEL)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
-        None, "of the frozen weights and of computation, the adapter stays float32; none: accelerate's setting",
+        None, "of the frozen weights and of computation, what trains stays float32; none: accelerate's setting",
         group=_MODEL,
     )  # fmt: skip
 
@@ -57,7 +57,9 @@ class DreamBoothOptions:
     prior_loss_weight: float = option(1.0, "of the prior term", group=_PRIOR)
     sample_batch_size: int = option(4, "images generated at a time, class images and validation", group=_PRIOR)
 
-    adapter: str = option("nb_lora", "the method; its options are flags of their own", group=_ADAPTER)
+    adapter: str = option(
+        "nb_lora", "a method, or full, none or peft; its options are flags of their own", group=_ADAPTER
+    )
     targets: tuple[str, ...] = option(
         (), "of the UNet: a preset, a regular expression, or suffixes of layer names; none: its attention",
         group=_ADAPTER, aliases=("lora_layers",),

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vislora.adapter import Adapter
+from vislora.baselines.full import FullHandle
 from vislora.errors import EnvironmentFault
-from vislora.export import LORA_FILE
+from vislora.export import LORA_FILE, component_name
+from vislora.handle import Handle
 from vislora.site import Site
 from vislora.squeeze import squeeze
 from vislora.tap import base_weight
@@ -23,15 +24,22 @@ log = logging.getLogger("vislora")
 
 @torch.no_grad()
 def exported_error(
-    pipeline, adapter: Adapter, folder: Path, tolerance: float = 1e-3, rank: int | None = None
-) -> float:
-    """Load folder/pytorch_lora_weights.safetensors by `pipeline.load_lora_weights`, compare, and unload it again.
+    pipeline, adapter: Handle, folder: Path, tolerance: float = 1e-3, rank: int | None = None
+) -> float | None:
+    """The error of what `adapter.export(folder, rank=rank)` wrote as stock tools read it; None where it wrote nothing.
+
+    Load folder/pytorch_lora_weights.safetensors by `pipeline.load_lora_weights`, compare, and unload it again.
 
     The pipeline is the one that `adapter` (on its UNet, perhaps its text encoder) is attached to. Returns the largest
     relative difference, over all modules, between the delta that diffusers applies and the one that was exported, the
     adapter's at strength 1, squeezed to `rank`; both from factors in the precision that diffusers casts the file to.
+    Of full fine-tuning each component is read by its library's `from_pretrained`, and every tensor must be equal.
     EnvironmentFault if it exceeds `tolerance`, or if diffusers skipped a module.
     """
+    if isinstance(adapter, FullHandle):
+        return max(_component_error(root, folder / component_name(c, root)) for c, root in adapter.roots.items())
+    if not (folder / LORA_FILE).is_file():
+        return None
     updates = squeeze(adapter, rank).updates
     sites = {name: site for name, site, _, _ in adapter.site_updates()}
     with adapter.disabled(), adapter.hidden(), _quiet_loaders():
@@ -56,7 +64,19 @@ def exported_error(
     return worst
 
 
-def _loaded_deltas(pipeline, adapter: Adapter) -> dict[str, tuple[Tensor, torch.dtype]]:
+def _component_error(root: nn.Module, folder: Path) -> float:
+    """0 if `from_pretrained` gives back every tensor of `root` bit for bit; EnvironmentFault otherwise."""
+    theirs = type(root).from_pretrained(folder, local_files_only=True).state_dict()
+    ours = root.state_dict()
+    off = [n for n in ours.keys() | theirs.keys() if n not in ours or n not in theirs]
+    off += [n for n in ours.keys() & theirs.keys() if not torch.equal(ours[n].cpu(), theirs[n].cpu())]
+    if off:
+        wrong = f"{len(off)} of {len(ours)} tensors differ when read back: {min(off)}"
+        raise EnvironmentFault(str(folder), wrong, "report it; the adapter/ folder is whole")
+    return 0.0
+
+
+def _loaded_deltas(pipeline, adapter: Handle) -> dict[str, tuple[Tensor, torch.dtype]]:
     """{module name as in `Adapter.deltas`: the delta that PEFT's layer applies, float32, and its factors' dtype}."""
     found = {}
     for component, root in adapter.roots.items():

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from vislora.adapter import Adapter
+from vislora.handle import Handle
 
 
-def describe(adapter: Adapter, data: str) -> str:
+def describe(adapter: Handle, data: str) -> str:
     """The adapted layers, the parameters that would train, and the memory that is certain. `data`: a line on the data.
 
     16 bytes a trained parameter: float32 value, gradient and AdamW's two moments. Activations are not estimated.
     """
     trained = sum(p.numel() for p in adapter.parameters())
     held = sum(p.numel() * p.element_size() for root in adapter.roots.values() for p in root.parameters())
+    copy = f", {adapter.base_copy / 2**20:.1f} MiB of the base's values" if adapter.base_copy else ""
     lines = [
         adapter.summary(),
         data,
         f"{adapter.method_name} {adapter.method.options()}: {len(adapter.sites)} layers, {trained:,} parameters",
         f"memory: {(held - 4 * trained) / 2**20:.1f} MiB of frozen models that are adapted, {16 * trained / 2**20:.1f} "
-        "MiB of adapter, gradients and AdamW moments; activations come on top",
+        f"MiB of adapter, gradients and AdamW moments{copy}; activations come on top",
         "dry run: nothing was trained or written",
     ]
     return "\n".join(lines)

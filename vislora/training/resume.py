@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from vislora.adapter import Adapter
 from vislora.errors import InputError
+from vislora.handle import Handle
 from vislora.measure import fingerprint
 from vislora.training import checkpoint
 from vislora.training.optimizer_state import load_optimizer, optimizer_tensors
@@ -27,7 +27,7 @@ def require_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], free: Col
 def save_state(
     root: Path,
     step: int,
-    adapter: Adapter,
+    adapter: Handle,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler | None,
@@ -50,7 +50,7 @@ def save_state(
 
 def load_state(
     saved: checkpoint.Checkpoint,
-    adapter: Adapter,
+    adapter: Handle,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     scaler: torch.amp.GradScaler | None,

@@ -8,12 +8,12 @@ from types import TracebackType
 import numpy as np
 from PIL import Image
 
-from vislora.adapter import Adapter
+from vislora.handle import Handle
 from vislora.measure import norms
 from vislora.training.run import RunFolder
 
 
-def layers(adapter: Adapter) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+def layers(adapter: Handle) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """(per site: norm of the update, its ratio to the weight's, share of the bound; the largest of each).
 
     `norm` is the Frobenius norm, `spectral` the largest singular value, `ratio` Frobenius over Frobenius. `share` is

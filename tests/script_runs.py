@@ -1,0 +1,46 @@
+"""What tests of scripts share: photos to train on, refusals, and what a run has left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vislora.io import read
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCRIPT = REPOSITORY / "train_scripts" / "dreambooth.py"
+
+
+def photograph(folder: Path, count: int = 3, seed: int = 0) -> Path:
+    folder.mkdir()
+    noise = np.random.default_rng(seed)
+    for i in range(count):
+        Image.fromarray(noise.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def refused(run, capsys, *flags: str) -> str:
+    """The one line that the script ends with, exit status 2 and no run folder."""
+    before = {p.name for p in Path("runs").iterdir()} if Path("runs").exists() else set()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(*flags)
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vislora: error:")]
+    assert len(lines) == 1 and "->" in lines[0]
+    assert before == ({p.name for p in Path("runs").iterdir()} if Path("runs").exists() else set())
+    return lines[0]
+
+
+def lines(folder: str) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def state(folder: str, step: int) -> dict[str, torch.Tensor]:
+    place = Path(folder) / "checkpoints" / f"checkpoint-{step}"
+    return {f"{f}.{k}": v for f in ("adapter", "optimizer") for k, v in read(place / f"{f}.safetensors")[0].items()}
