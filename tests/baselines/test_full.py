@@ -172,6 +172,20 @@ def test_what_cannot_be_trained_is_refused_without_a_trace():
     vislora.attach(fused, "full").detach()
 
 
+def test_a_model_that_is_cast_later_takes_its_base_along():
+    model = HOSTS["linear"].build(0)
+    before = state(model.to(torch.float32))
+    handle = vislora.attach(model, "full")
+    with torch.no_grad():
+        next(handle.parameters()).add_(1.0)
+    model.to(torch.bfloat16)
+    with handle.disabled():
+        assert all(torch.equal(t, before[n].to(torch.bfloat16)) for n, t in model.state_dict().items())
+    assert max(d.abs().max().item() for d in handle.deltas().values()) == pytest.approx(1.0, rel=0.02)
+    handle.detach()
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
 def test_buffers_that_training_moves_come_back():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     before = state(model)

@@ -73,7 +73,8 @@ class Injected:
 
     def base(self, path: str) -> Tensor | None:
         """The base value of a replaced module's weight, None where it has none of floating point."""
-        weight = self.kept.base.get(f"{path}.weight", self._base.get(f"{path}.weight"))
+        name = f"{path}.weight"
+        weight = self.kept.value(name) if name in self.kept.live else self._base.get(name)
         return weight.detach() if weight is not None and weight.is_floating_point() else None
 
     def changes(self) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -29,6 +29,11 @@ class Kept:
     def shows_base(self) -> bool:
         return self._depth > 0
 
+    def value(self, name: str) -> Tensor:
+        """The base value, where and in what type the live tensor is by now."""
+        self.base[name] = self.base[name].to(self.live[name])
+        return self.base[name]
+
     def trained(self, name: str) -> Tensor:
         """The trained value, also while the base is shown."""
         return self.live[name].detach() if self._trained is None else self._trained[name]
@@ -41,7 +46,7 @@ class Kept:
         if self._depth == 1:
             self._trained = {name: t.data for name, t in self.live.items()}
             for name, t in self.live.items():
-                t.data = self.base[name]
+                t.data = self.value(name)
         try:
             yield
         finally:
@@ -56,4 +61,4 @@ class Kept:
     def restore(self) -> None:
         """Give the live tensors their base values for good."""
         for name, t in self.live.items():
-            t.data = self.base[name]
+            t.data = self.value(name)

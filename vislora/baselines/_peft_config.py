@@ -61,6 +61,13 @@ def read(given: Path | str | Mapping[str, Any]) -> dict[str, Any]:
         why = REFUSED.get(kind, "has no configuration in this PEFT")
         raise InputError(subject, f"peft_type {kind} {why}", f"one of {', '.join(kinds)}")
     known = [f.name for f in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]) if f.init]
+    start = settings.get("init_lora_weights")
+    if start in ("eva", "corda", "lora_ga"):
+        wrong = f"init_lora_weights {start!r} starts from data, which PEFT gathers before it injects"
+        raise InputError(subject, wrong, "take another start; lora_ga is a method of vislora too")
+    if settings.get("monteclora_config") is not None:
+        wrong = "monteclora_config adds a loss to every forward, which nothing outside PEFT's own loops does"
+        raise InputError(subject, wrong, "leave it out")
     strange = [key for key in settings if key not in known and key not in _DROPPED]
     if strange:
         has = ", ".join(key for key in known if key not in _DROPPED)

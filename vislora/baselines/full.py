@@ -96,11 +96,12 @@ class FullHandle(Dense):
             yield name.removesuffix(".weight"), wide, self.kept.trained(name).to(wide.dtype) - wide
 
     def _matrices(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, base) for name, base in self.kept.base.items() if base.dim() > 1 and base.is_floating_point())
+        matrices = [name for name, base in self.kept.base.items() if base.dim() > 1 and base.is_floating_point()]
+        return ((name, self.kept.value(name)) for name in matrices)
 
     def base_weights(self) -> Iterator[tuple[str, list[int], Callable[[], Tensor]]]:
         for name, base in self.kept.base.items():
-            yield name, list(base.shape), lambda base=base: precise(base)
+            yield name, list(base.shape), lambda name=name: precise(self.kept.value(name))
 
     def disabled(self) -> AbstractContextManager[None]:
         self._require_unmerged("disabled")

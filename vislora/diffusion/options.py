@@ -61,7 +61,7 @@ class DreamBoothOptions:
         "nb_lora", "a method, or full, none or peft; its options are flags of their own", group=_ADAPTER
     )
     targets: tuple[str, ...] = option(
-        (), "of the UNet: a preset, a regular expression, or suffixes of layer names; none: its attention",
+        (), "of the UNet: a preset, a pattern, or suffixes of layer names; none: its attention, or all of it for full",
         group=_ADAPTER, aliases=("lora_layers",),
     )  # fmt: skip
     train_text_encoder: bool = option(False, "adapt the text encoder too", group=_ADAPTER)
