@@ -139,4 +139,8 @@ def product_svd(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, Te
 
 def schatten(values: Tensor, p: float) -> Tensor:
     """Schatten p-norm (...) from singular values (..., r): p = 1 nuclear, 2 Frobenius, inf spectral."""
-    return torch.linalg.vector_norm(values, ord=p if p != math.inf else math.inf, dim=-1)
+    if p in (1, 2, math.inf):
+        return torch.linalg.vector_norm(values, ord=p, dim=-1)
+    largest = values.detach().amax(-1, keepdim=True)  # 0.01 to the 200th power is 0
+    unit = torch.where(largest > 0, largest, 1.0)
+    return torch.linalg.vector_norm(values / unit, ord=p, dim=-1) * unit[..., 0]

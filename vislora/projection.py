@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from .linalg import schatten
+
 _ROUNDS, _POINTS = 12, 33  # each round narrows the multiplier's bracket by the number of points
 _HALVINGS = 60
 
@@ -24,7 +26,7 @@ def project(values: Tensor, p: float, delta: float) -> Tensor:
     if not p >= 1 or not 0 < delta < math.inf:
         raise ValueError(f"there is no ball of p = {p} and delta = {delta}")
     x = values.double()
-    norm = torch.linalg.vector_norm(x, ord=p).item()
+    norm = schatten(x, p).item()
     if norm <= delta:
         return x
     if p == math.inf:
@@ -32,7 +34,8 @@ def project(values: Tensor, p: float, delta: float) -> Tensor:
     if p == 2:
         return x * (delta / norm)
     inside = _simplex(x, delta) if p == 1 else _by_multiplier(x / delta, p) * delta
-    return inside * min(1.0, delta / torch.linalg.vector_norm(inside, ord=p).item())  # off rounding
+    inside = torch.minimum(inside, x)
+    return inside * min(1.0, delta / schatten(inside, p).item())  # off rounding
 
 
 def _simplex(x: Tensor, delta: float) -> Tensor:

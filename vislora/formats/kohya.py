@@ -52,7 +52,9 @@ def read(file: Path, stored: Stored, base: Base | None = None) -> LoraFile:
 
 def _path(file: Path, component: str, name: str, base: Base | None) -> str:
     names = known(component) if base is None else by_flat_name(base.paths(component))
-    paths = names.get(name) or (names.get(from_ldm(name)) if component == "unet" else None) or []
+    # diffusers' converter leaves text_model out since transformers 5.6; kohya's SDXL files name LDM's blocks.
+    other = from_ldm(name) if component == "unet" else f"text_model_{name}"
+    paths = names.get(name) or names.get(other) or []
     if len(paths) == 1:
         return paths[0]
     if paths:

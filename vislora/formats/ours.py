@@ -43,7 +43,7 @@ def read(file: Path, stored: Stored) -> LoraFile:
     config = header_of(file, stored)
     method_name = config["method"]
     method = get(method_name).from_options(method_name, config["options"])
-    plain = isinstance(method, LoRA)  # B and A are then the factors themselves
+    plain = isinstance(method, LoRA) and set(config["kinds"]) <= {"A", "B", "c"}  # the factors themselves are stored
     sites = {name: _split(name, config["components"]) for name in config["shapes"]}
     wanted = {f"{name}.{key}" for name in sites for key in config["kinds"]}
     odd = sorted(wanted ^ stored.tensors.keys())

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..linalg import product_svd
+from ..linalg import product_svd, schatten
 from ..projection import project
 from .lora import Layer
 from .spectrum import spectrum
@@ -46,7 +46,7 @@ def _aimed(layer: Layer, triplets: tuple[Tensor, Tensor, Tensor], p: float, delt
     U, S, V = triplets
     if how == "nearest":
         return with_product(layer, U, project(S, p, delta), V)
-    factor = min(1.0, delta / torch.linalg.vector_norm(S, ord=p).item())
+    factor = min(1.0, delta / schatten(S, p).item())
     return replace(layer, up=(layer.up.double() * factor).to(layer.up.dtype))
 
 
