@@ -145,6 +145,7 @@ CASES = {
     "LoHa": (lambda d: kohya_file(d, hada_w1_a=one), "is LoHa, by its key"),
     "LoKr": (lambda d: kohya_file(d, lokr_w1=one), "is LoKr, by its key"),
     "LoCon with a middle": (lambda d: kohya_file(d, **{"lora_mid.weight": one}), "middle factor"),
+    "magnitudes along inputs": (lambda d: kohya_file(d, dora_scale=torch.ones(1, 12)), r"is \(1, 12\) for 12 outputs"),
     "OFT": (lambda d: kohya_file(d, oft_blocks=one), "is OFT"),
     "whole differences": (lambda d: kohya_file(d, diff=one), "full difference"),
     "PEFT's LoHa": (lambda d: peft_folder(d, peft_type="LOHA"), "adapter of the kind LOHA"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +23,12 @@ from .lora import Layer, LoraFile, Stored
 __all__ = ["FORMATS", "Base", "Layer", "LoraFile", "read", "rewritten", "save", "written"]
 
 FORMATS = {"vislora": ours, "diffusers": diffusers, "kohya": kohya, "peft": peft}
-# Adapters that are no LoRA, by a part of their keys.
+# Adapters that are no LoRA, by a pattern of their keys.
 _OTHERS = {
-    ".hada_": "LoHa", ".lokr_": "LoKr", ".lora_mid.": "a LoCon with a middle factor", ".oft_": "OFT", ".boft_": "BOFT",
-    "oft_blocks": "OFT", ".ia3_": "IA3", ".on_input": "IA3", ".diff": "a full difference of weights",
-    ".a1.weight": "GLoRA", "vera_lambda": "VeRA", "lora_embedding_": "a LoRA of embeddings", ".lora_E": "AdaLoRA",
-    "string_to_param": "textual inversion", "emb_params": "textual inversion",
+    r"\.hada_": "LoHa", r"\.lokr_": "LoKr", r"\.lora_mid\.": "a LoCon with a middle factor", r"\.oft_": "OFT",
+    r"\.boft_": "BOFT", r"\.ia3_|\.on_input$": "IA3", r"\.diff(_b)?$": "a full difference of weights",
+    r"\.a1\.weight$": "GLoRA", "vera_lambda": "VeRA", r"\.lora_embedding_": "a LoRA of embeddings",
+    r"\.lora_E": "AdaLoRA", "^string_to_param|^emb_params$": "textual inversion",
 }  # fmt: skip
 
 
@@ -46,12 +47,12 @@ def read(path: Path, base: Base | None = None) -> LoraFile:
     keys = set(stored.tensors)
     if not keys:
         raise InputError(str(file), "holds no tensors", "train or copy it again")
-    for key in sorted(keys):
-        for part, kind in _OTHERS.items():
-            if part in key and not ours.recognise(keys, stored.header):
-                raise InputError(str(file), f"is {kind}, by its key {key}", "give a LoRA")
     if ours.recognise(keys, stored.header):
         return ours.read(file, stored)
+    for key in sorted(keys):
+        for pattern, kind in _OTHERS.items():
+            if re.search(pattern, key):
+                raise InputError(str(file), f"is {kind}, by its key {key}", "give a LoRA")
     if kohya.recognise(keys, stored.header):
         return kohya.read(file, stored, base)
     if diffusers.recognise(keys, stored.header):

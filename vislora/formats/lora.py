@@ -127,13 +127,18 @@ def layers_of(
         up, down = stored.tensors[keys["up"]], stored.tensors[keys["down"]]
         _require_product(file, keys, up, down)
         magnitude = stored.tensors[keys["magnitude"]] if "magnitude" in keys else None
-        if magnitude is not None and magnitude.numel() != up.shape[0]:
-            wrong = f"{keys['magnitude']} has {magnitude.numel()} numbers for {up.shape[0]} outputs"
+        # A row (1, n) is LyCORIS' norm along inputs; a convolution's in PEFT is (1, m, 1, 1).
+        if magnitude is not None and (magnitude.numel() != up.shape[0] or _is_row(magnitude)):
+            wrong = f"{keys['magnitude']} is {tuple(magnitude.shape)} for {up.shape[0]} outputs"
             raise InputError(str(file), wrong, "use a file whose magnitudes are one an output")
         alpha = _alpha(file, keys["alpha"], stored.tensors[keys["alpha"]]) if "alpha" in keys else None
         factor = scale((component, path), down.shape[0], alpha)
         layers.append(Layer(component, path, up, down, factor, magnitude, (keys["up"], keys["down"]), source))
     return layers
+
+
+def _is_row(magnitude: Tensor) -> bool:
+    return magnitude.dim() == 2 and magnitude.shape[0] == 1 < magnitude.shape[1]
 
 
 def require_numbers(file: Path, tensors: Mapping[str, Tensor]) -> None:
