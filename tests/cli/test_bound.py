@@ -55,6 +55,30 @@ def test_the_nearest_inside(format, p, tmp_path):
     assert 0 < kept < len(before)
 
 
+def test_kohyas_alphas_count_and_stay(tmp_path):
+    """Whole, fractional, negative, zero and missing alphas, as other trainers write them."""
+    g = torch.Generator().manual_seed(0)
+    alphas = {"to_q": 8, "to_k": 1.5, "to_v": [-3.0], "to_out_0": 0.0}
+    tensors, wanted = {}, {}
+    for leaf, alpha in (alphas | {"ff": None}).items():
+        leaf = "attn1_" + leaf if leaf != "ff" else "ff_net_2"
+        key = f"lora_unet_mid_block_attentions_0_transformer_blocks_0_{leaf}"
+        up, down = torch.randn(2, 6, 4, generator=g)
+        alpha = None if alpha is None else torch.tensor(alpha)
+        tensors |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down.T.contiguous()}
+        tensors |= {} if alpha is None else {f"{key}.alpha": alpha}
+        wanted[leaf] = up.double() @ down.double().T * (1.0 if alpha is None else alpha.item() / 4)
+    save_file(tensors, tmp_path / "k.safetensors")
+    run("bound", tmp_path / "k.safetensors", "--p", 2, "--delta", 0.5, "-o", tmp_path / "out.safetensors")
+    for path, most in ((tmp_path / "k.safetensors", math.inf), (tmp_path / "out.safetensors", 0.5)):
+        for layer in read(path).layers:
+            goal = wanted[layer.path.partition("transformer_blocks.0.")[2].replace(".", "_")]
+            goal = goal * min(1.0, most / goal.norm().item() if goal.any() else 1.0)
+            assert torch.allclose(dense(layer), goal, atol=1e-6), layer.name
+    kept = read_tensors(tmp_path / "out.safetensors")[0]
+    assert all(torch.equal(kept[key], t) for key, t in tensors.items() if key.endswith(".alpha"))
+
+
 def test_all_else_is_bit_for_bit(tmp_path):
     path = stored(tmp_path / "in", "kohya", dtype=torch.float16)
     run("bound", path, "--delta", 1e6, "-o", tmp_path / "same.safetensors")

@@ -31,10 +31,10 @@ def diffusers_file(folder, metadata=None, drop=(), rename=(), change=None, dtype
     return path
 
 
-def own_file(folder, change):
+def own_file(folder, change, method="nb_lora"):
     """Our own file of a tiny model, its tensors and configuration changed by `change(tensors, config)`."""
     model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 4))
-    file = vislora.attach(model, "nb_lora", rank=2, delta=1.0).save(folder)
+    file = vislora.attach(model, method, rank=2).save(folder)
     tensors, header = read_tensors(file)
     config = json.loads(header["vislora"])
     change(tensors, config)
@@ -131,6 +131,16 @@ CASES = {
     ),
     "A15 pattern is no pattern": (
         lambda d: diffusers_file(d, '{"unet.r": 4, "unet.rank_pattern": {"(": 2}}'), "damaged configuration",
+    ),
+    "A15 our rank contradicts": (
+        lambda d: own_file(d, lambda t, c: c["options"].update(rank=4, alpha=8.0), "lora"), "rank 2 and the header",
+    ),
+    "options are text": (lambda d: own_file(d, lambda t, c: c["options"].update(p="2")), "damaged options"),
+    "a layer twice": (
+        lambda d: own_file(d, lambda t, c: [
+            c["base"]["shapes"].update({f"{x}mid_block.attentions.0.proj_in": [6, 6] for x in ("", "unet.")}),
+            c.update(components=["unet"]),
+        ]), "names a layer twice",
     ),
     "A16 no tensors": (lambda d: [save_file({}, d / LORA_FILE), d][1], "holds no tensors"),
     "A17 prefix": (lambda d: diffusers_file(d, rename=("unet.", "diffusion_model.")), "is led by 'diffusion_model'"),

@@ -42,9 +42,14 @@ def read(file: Path, stored: Stored) -> LoraFile:
     """The updates that the method makes of the file's tensors. Raises InputError unless they are exactly its own."""
     config = header_of(file, stored)
     method_name = config["method"]
-    method = get(method_name).from_options(method_name, config["options"])
+    try:
+        method = get(method_name).from_options(method_name, config["options"])
+    except TypeError as error:  # text where a number belongs
+        raise InputError(str(file), f"has damaged options ({error})", "copy it again") from None
     plain = isinstance(method, LoRA) and set(config["kinds"]) <= {"A", "B", "c"}  # the factors themselves are stored
     sites = {name: _split(name, config["components"]) for name in config["shapes"]}
+    if len({(component, neutral_path(component, path)) for component, path in sites.values()}) != len(sites):
+        raise InputError(str(file), "names a layer twice", "copy it again")
     wanted = {f"{name}.{key}" for name in sites for key in config["kinds"]}
     odd = sorted(wanted ^ stored.tensors.keys())
     if odd:
@@ -70,6 +75,9 @@ def read(file: Path, stored: Stored) -> LoraFile:
         if layer.shape != (m, n):
             wrong = f"{layer.name} is {layer.shape[0]} x {layer.shape[1]} by its tensors, {m} x {n} by the header"
             raise InputError(str(file), wrong, "train or copy it again")
+        if plain and (layer.rank > method.rank or (layer.rank < method.rank and method.scale != 1)):
+            wrong = f"{layer.name} has rank {layer.rank} and the header says {method.rank}, which its scale depends on"
+            raise InputError(str(file), wrong, "copy it again")
     stated = ", ".join(f"{k} {v}" for k, v in method.options().items() if v is not None)
     bounds = {}
     for layer, name in zip(layers, sites, strict=True):
