@@ -70,6 +70,26 @@ def cayley(down: Tensor, up: Tensor, backward: str = "custom") -> tuple[Tensor, 
         return torch.cat([G, H[..., : n - r]], dim=-1), H[..., n - r :]
 
 
+def cayley_inverse(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Free matrices that `cayley` maps to P down and P up, P a diagonal of signs: up^T diag(s) down is the same.
+
+    down: A (r, n), up: B (r, m), r <= n, with A A^T + B B^T = I. NB-LoRA's theorem 4.2. The signs keep I + G P regular
+    (its condition stays small), one rank-one step at a time; each step divides by at least 1.
+    """
+    r, n = down.shape
+    F = torch.cat([precise(down), precise(up)], dim=-1).mT  # (n + m, r)
+    eye = torch.eye(r, dtype=F.dtype, device=F.device)
+    inverse, signs = eye.clone(), torch.ones_like(F[0])
+    for k in range(r):
+        x = inverse @ F[:r, k]
+        signs[k] = 1.0 if x[k] >= 0 else -1.0
+        inverse = inverse - torch.outer(signs[k] * x, inverse[k]) / (1 + x[k].abs())
+    F = F * signs
+    Z = torch.linalg.solve(eye + F[:r], eye - F[:r])
+    free = torch.cat([0.5 * Z, -0.5 * F[r:] @ (eye + Z)])  # X with X - X^T the skew part of Z
+    return free[:n].mT.contiguous(), free[n:].mT.contiguous()
+
+
 def orthonormal(x: Tensor) -> Tensor:
     """Orthonormal basis (..., n, r) of the columns of x (..., n, r) by QR, signs fixed so that diag(R) >= 0.
 
@@ -122,4 +142,8 @@ def product_svd(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, Te
 
 def schatten(values: Tensor, p: float) -> Tensor:
     """Schatten p-norm (...) from singular values (..., r): p = 1 nuclear, 2 Frobenius, inf spectral."""
-    return torch.linalg.vector_norm(values, ord=p if p != math.inf else math.inf, dim=-1)
+    if p in (1, 2, math.inf):
+        return torch.linalg.vector_norm(values, ord=p, dim=-1)
+    largest = values.detach().amax(-1, keepdim=True)  # 0.01 to the 200th power is 0
+    unit = torch.where(largest > 0, largest, 1.0)
+    return torch.linalg.vector_norm(values / unit, ord=p, dim=-1) * unit[..., 0]

@@ -59,29 +59,6 @@ def test_gradient_ascent_reaches_the_bound_and_never_passes_it(p, goal):
     assert 0.999 * 2.0 < best <= 2.0 * (1 + 1e-5)
 
 
-def _solve(s, U, sigma, V):
-    """Free parameters whose update is U diag(sigma) V^T, sigma_j <= s_j: the construction of theorem 4.2."""
-    r, n = len(s), V.shape[0]
-    J = sigma / s
-    plus, minus = (1 + J).sqrt(), (1 - J).sqrt()
-    F = torch.cat([V * ((plus + minus) / 2), U * ((plus - minus) / 2)])  # (n + m, r), orthonormal columns
-    G = F[:r].clone()
-    signs = torch.ones(r, dtype=F.dtype)
-    A = torch.eye(r, dtype=F.dtype)
-    for k in range(r):  # signs that keep I + G P regular, one rank-one step at a time
-        e = torch.zeros(r, dtype=F.dtype)
-        e[k] = 1
-        q = G[:, k]
-        signs[k] = 1.0 if torch.linalg.solve(A, q)[k] >= 0 else -1.0
-        A = A + signs[k] * torch.outer(q, e)
-    F = F * signs
-    G, H = F[:r], F[r:]
-    Z = torch.linalg.solve(torch.eye(r, dtype=F.dtype) + G, torch.eye(r, dtype=F.dtype) - G)
-    Y = -0.5 * H @ (torch.eye(r, dtype=F.dtype) + Z)
-    free = torch.cat([0.5 * Z, Y])  # X with X - X^T the skew part of Z
-    return free[:n].mT, free[n:].mT
-
-
 @pytest.mark.parametrize("case", ["random", "at the bound", "zeros", "all zero", "repeated"])
 def test_every_matrix_within_the_bound_is_reached(case):
     torch.manual_seed(3)
@@ -97,9 +74,44 @@ def test_every_matrix_within_the_bound_is_reached(case):
     U = linalg.orthonormal(torch.randn(m, r, dtype=torch.float64))
     V = linalg.orthonormal(torch.randn(n, r, dtype=torch.float64))
     goal = U @ torch.diag(sigma) @ V.mT
-    At, Bt = _solve(s, U, sigma, V)
-    A, B = cayley(At, Bt)
-    assert (2 * B.mT @ torch.diag(s) @ A - goal).abs().max() < 1e-10
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        At, Bt = NBLoRA.invert(*(x.to(dtype) for x in (U, sigma, V, s)))
+        A, B = cayley(At, Bt)
+        assert At.dtype == dtype and (2 * B.mT @ torch.diag(s).to(dtype) @ A - goal).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("r, n, m", [(1, 4, 3), (8, 8, 8), (32, 40, 200)])
+def test_the_inverse_is_well_conditioned(r, n, m):
+    """Random subspaces, negative starts among them: the signs keep I + G away from singular."""
+    for seed in range(5):
+        g = torch.Generator().manual_seed(seed)
+        U = linalg.orthonormal(torch.randn(m, r, generator=g, dtype=torch.float64))
+        V = -linalg.orthonormal(torch.randn(n, r, generator=g, dtype=torch.float64))
+        s = torch.rand(r, generator=g, dtype=torch.float64) + 0.1
+        sigma = s * torch.rand(r, generator=g, dtype=torch.float64)
+        At, Bt = NBLoRA.invert(U, sigma, V, s)
+        A, B = cayley(At, Bt)
+        assert (2 * B.mT @ torch.diag(s) @ A - (U * sigma) @ V.mT).abs().max() < 1e-11
+        assert At.abs().max() < 10 * r
+
+
+def test_the_signs_are_needed():
+    """With V the negative of the first axes G is -I, and I + G singular unless signs are turned."""
+    U, V = torch.eye(6, 4, dtype=torch.float64), -torch.eye(5, 4, dtype=torch.float64)
+    s = torch.ones(4, dtype=torch.float64)
+    A, B = cayley(*NBLoRA.invert(U, 0.5 * s, V, s))
+    assert (2 * B.mT @ A - 0.5 * U @ V.mT).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("p", [1, 2, 4, 50])
+def test_scales_are_found_above_any_spectrum_inside(p):
+    method = NBLoRA(rank=5, p=p, delta=2.0)
+    sigma = torch.tensor([1.0, 0.5, 0.5, 0.1, 0.0], dtype=torch.float64)
+    sigma = sigma * (2.0 * (1 - 1e-3) / schatten(sigma, p))
+    t = SimpleNamespace(delta=torch.tensor(2.0), s=method.scale_for(sigma, 2.0).float())
+    s = method.singular_bounds(t)
+    assert torch.isclose(schatten(s, p), torch.tensor(2.0), rtol=1e-6)
+    assert (s > sigma).all()
 
 
 @pytest.mark.parametrize("n, m, r", [(6, 5, 3), (4, 4, 4), (9, 3, 2)])

@@ -92,3 +92,21 @@ class NBLoRA(Method):
 
     def bound(self, t: SimpleNamespace) -> Bound | None:
         return Bound(p=self.p, delta=t.delta) if self.bounded else None
+
+    @staticmethod
+    def invert(U: Tensor, sigma: Tensor, V: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Free A (r, n) and B (r, m) whose update is U diag(sigma) V^T under the bounds s (theorem 4.2).
+
+        U (m, r) and V (n, r) have orthonormal columns, also where sigma (r,) is 0; 0 <= sigma <= s, s (r,) > 0.
+        """
+        J = (sigma / s).clamp(0, 1)
+        plus, minus = (1 + J).sqrt(), (1 - J).sqrt()
+        return linalg.cayley_inverse((V * ((plus + minus) / 2)).mT, (U * ((plus - minus) / 2)).mT)
+
+    def scale_for(self, sigma: Tensor, delta: float) -> Tensor:
+        """The tensor `s` whose singular bounds lie above sigma (r,), which has a p-norm below delta; for p < inf.
+
+        What the ball has left is shared out evenly, so that every bound is positive and the map smooth there.
+        """
+        shares = (sigma.double() / delta).pow(self.p)
+        return self.rank**0.5 * (shares + (1 - shares.sum()) / self.rank).log()

@@ -1,0 +1,5 @@
+"""python -m vislora.cli"""
+
+from . import main
+
+main()
