@@ -75,6 +75,7 @@ def test_subjects_are_held_out_and_their_classes_known():
 
 def test_sizes_within_budget():
     assert size(WORLD / "tiny-sd") <= 20e6
+    assert size(WORLD / "tiny-clip") <= 8e6
     assert size(WORLD / "sprites") <= 1.5e6
     assert (WORLD / "sprites" / "LICENSE").read_text().count("MIT") >= 1
 
@@ -102,3 +103,33 @@ def test_pipeline_draws_offline(capsys):
     assert np.isfinite(image).all() and image.std() > 0.03
     red, green, blue = image.mean((0, 1))
     assert green > blue
+
+
+@pytest.fixture(scope="module")
+def clip():
+    pytest.importorskip("open_clip")
+    import train_clip
+
+    model, tokens = train_clip.load()  # as any user of open_clip loads it, by the folder
+    return train_clip, model.eval(), tokens
+
+
+def test_tiny_clip_knows_scenes_it_has_not_seen(clip):
+    train_clip, model, tokens = clip
+    specs = [scenes.spec_from_seed(5_000_000 + i, "all") for i in range(200)]
+    images = torch.from_numpy(np.stack([np.asarray(scenes.render(spec)) for spec in specs]))
+    assert train_clip.retrieval(model, tokens, images, specs) >= 0.9
+    shuffled = [specs[i - 1] for i in range(len(specs))]
+    assert train_clip.retrieval(model, tokens, images, shuffled) < 0.1
+
+
+@pytest.mark.slow
+def test_tiny_sd_draws_what_it_is_asked_for(clip):
+    """A quarter of what the builder's `measure` stage counts; the bars there are 80 % and 95 %."""
+    import measure
+
+    _, model, tokens = clip
+    wanted, texts = measure.pairs()[::4], measure.prompts()[::4]
+    drawn = measure.sample(texts)
+    for i, kind, bar in ((0, "object", 0.6), (1, "background", 0.85)):
+        assert measure.share(measure.named(model, tokens, drawn, kind), [pair[i] for pair in wanted]) >= bar
