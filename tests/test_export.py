@@ -14,8 +14,8 @@ import vislora
 from vislora.adapters import get
 from vislora.diffusion.verify import exported_error
 from vislora.errors import EnvironmentFault, InputError
-from vislora.export import CERTIFICATE, LORA_FILE, read_certificate
-from vislora.io import read, write
+from vislora.export import CERTIFICATE, read_certificate
+from vislora.io import LORA_FILE, read, write
 from vislora.measure import norms
 
 
@@ -113,18 +113,25 @@ def test_mixed_ranks_alphas_and_old_names_are_read(pipe, tmp_path):
     g = torch.Generator().manual_seed(0)
     sites = vislora.attach(pipe, "lora", rank=2).sites
     layer = dict(pipe.unet.named_modules())
-    tensors, expected = {}, {}
+    tensors, expected, ranks, alphas = {}, {}, {}, {}
     for i, site in enumerate(sites):
         name = site.removeprefix("unet.")
         m, n = layer[name].weight.shape
         down, up = torch.randn(2 + i % 3, n, generator=g), torch.randn(m, 2 + i % 3, generator=g)
         tensors[f"unet.{name}.lora.down.weight"], tensors[f"unet.{name}.lora.up.weight"] = down, up
-        expected[site] = 2.0 * up @ down
-    header = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 8})}
-    save_file(tensors, tmp_path / LORA_FILE, metadata=header)
+        ranks[name], alphas[name] = 2 + i % 3, 3.0 + i % 2
+        expected[site] = alphas[name] / ranks[name] * up @ down
+    of_all = {"unet.r": 4, "unet.lora_alpha": 8, "unet.target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+    patterns = {"unet.rank_pattern": ranks, "unet.alpha_pattern": alphas}
+    save_file(tensors, tmp_path / LORA_FILE, metadata={"lora_adapter_metadata": json.dumps(of_all | patterns)})
     adapter = vislora.load(pipe, tmp_path, name="read")
     for site, delta in adapter.deltas().items():
         assert torch.allclose(delta, expected[site], atol=1e-4)
+    save_file(tensors, tmp_path / LORA_FILE, metadata={"lora_adapter_metadata": json.dumps(of_all)})
+    with pytest.raises(InputError, match="has rank [23] and the configuration says 4"):
+        vislora.load(pipe, tmp_path, name="contradicted")
+    with adapter.hidden(), pytest.raises(RuntimeError, match="size mismatch"):  # stock diffusers refuses it too
+        pipe.load_lora_weights(str(tmp_path))
 
 
 def test_what_the_layout_cannot_hold_is_refused(pipe, tmp_path):
@@ -139,7 +146,7 @@ def test_what_the_layout_cannot_hold_is_refused(pipe, tmp_path):
     tensors, header = read(file)
     half = {k: v for k, v in tensors.items() if not (k.endswith("lora_B.weight") and "attn1.to_q" in k)}
     write(half, {}, file)
-    with pytest.raises(InputError, match="has only"):
+    with pytest.raises(InputError, match="4 of 32 layers lack one of their two factors: .*attn1.to_q"):
         vislora.load(pipe, tmp_path, name="half")
     write({"unet.nowhere.lora_A.weight": torch.zeros(2, 4), "unet.nowhere.lora_B.weight": torch.zeros(4, 2)}, {}, file)
     with pytest.raises(InputError, match="1 of its 1 layers are not in UNet2DConditionModel"):

@@ -224,9 +224,9 @@ class Adapter(Handle):
         check_exportable(self)
 
     def export(self, folder: str | Path, format: str = "diffusers", rank: int | None = None) -> Path:
-        """Write a file that stock tools load, squeezed to `rank` where that is smaller. Returns the file's path.
+        """Write what stock tools load, squeezed to `rank` where that is smaller. Returns the file, PEFT's folder.
 
-        Raises InputError for what it cannot hold.
+        format: "diffusers", "kohya" or "peft". Raises InputError for what it cannot hold.
         """
         from .export import export
 

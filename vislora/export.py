@@ -1,66 +1,83 @@
-"""Files for other tools: adapters as plain LoRA in the layout that stock diffusers reads."""
+"""Files for other tools: adapters as plain LoRA, in the layouts of diffusers, kohya and PEFT."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .adapter import Adapter
-from .adapters import get
-from .attach import build, components
-from .errors import InputError
-from .fit import place
-from .io import LORA_FILE, read, write
+from .errors import InputError, near
+from .formats import Layer, store, written
+from .formats.lora import neutral_path
+from .io import read
 from .measure import certificate
-from .site import find_named, qualified
-from .squeeze import squeeze
+from .site import qualified
+from .squeeze import Squeezed, squeeze
 
 # Components of SD 1.x/2.x by class name, for adapters on a bare module.
 _COMPONENT_OF = {"UNet2DConditionModel": "unet", "CLIPTextModel": "text_encoder"}
 _COMPONENTS = ("unet", "text_encoder")
-_KEY = re.compile(
-    r"(?P<component>unet|text_encoder)\.(?P<path>.+)\."
-    r"(?P<kind>lora_A\.weight|lora_B\.weight|lora\.down\.weight|lora\.up\.weight|lora_magnitude_vector)"
-)
-_KINDS = {
-    "lora_A.weight": "A", "lora.down.weight": "A", "lora_B.weight": "B", "lora.up.weight": "B",
-    "lora_magnitude_vector": "c",
-}  # fmt: skip
+FORMATS = ("diffusers", "kohya", "peft")
 CERTIFICATE = "vislora.certificate"
 
 
 def export(adapter: Adapter, folder: Path, format: str, rank: int | None = None) -> Path:
-    """Write `adapter` at strength 1 for other tools and return the file.
+    """Write `adapter` at strength 1 for other tools and return the file, of PEFT's the folder.
 
-    format: "diffusers", read by `pipe.load_lora_weights(folder)` for SD 1.x and 2.x.
+    folder: or, but for PEFT, the .safetensors file.
+    format: "diffusers" or "kohya", read by `pipe.load_lora_weights` for SD 1.x and 2.x; "peft", read by
+    `PeftModel.from_pretrained` for any model, in `folder` or, where components have names, in `folder`/<component>.
     rank: squeeze every update to this rank, if it has a larger one; None loses nothing (see `vislora.squeeze`).
-    The whole scale is folded into the factors, so that every reader's default (alpha = rank) is right; the header
-    carries the measured certificate under a key that other tools ignore, with the norm that `rank` cost.
+    The whole scale is folded into the factors and a component has one rank, so that every reader's default
+    (alpha = rank) is right; the header carries the measured certificate under a key that other tools ignore, with the
+    norm that `rank` cost. What stands under the files' names is replaced.
     Raises InputError for a format, a rank, a component or a method that the file cannot hold.
     """
-    if format != "diffusers":
-        raise InputError("format", f"{format!r} is not written", "take diffusers")
-    check_exportable(adapter)
+    check_exportable(adapter, format)
     squeezed = squeeze(adapter, rank)
-    tensors: dict[str, Tensor] = {}
+    header = {CERTIFICATE: json.dumps(certificate(adapter, squeezed))}
+    layers = _layers(adapter, squeezed, format)
+    if format != "peft":
+        files = written([layer for own in layers.values() for layer in own], format, header, folder)
+        store(files)
+        return next(iter(files))
+    files = {}
+    for component, own in layers.items():
+        parts = written(own, format, header, folder / component)
+        with adapter.hidden():
+            root = adapter.roots[component]
+            files |= {file: replace(part, config=_exact(part.config, root)) for file, part in parts.items()}
+    store(files)
+    return folder
+
+
+def _layers(adapter: Adapter, squeezed: Squeezed, format: str) -> dict[str, list[Layer]]:
+    """{component: its layers}. PEFT's keys are the model's own names, without a component."""
+    layers: dict[str, list[Layer]] = {}
     for component, part in adapter.parts.items():
-        prefix = component_name(component, adapter.roots[component])
+        named = "" if format == "peft" else component_name(component, adapter.roots[component], format)
+        layers[component] = []
         for site in part.sites:
             update = squeezed.updates[qualified(component, site.name)]
-            up, down = update.factors()
-            key = f"{prefix}.{_written_path(prefix, site.path)}"
-            # One rank for a whole component: readers guess the scale from a single one.
-            tensors[f"{key}.lora_A.weight"] = _padded(down, 0, squeezed.ranks[component])
-            tensors[f"{key}.lora_B.weight"] = _padded(up, 1, squeezed.ranks[component])
-            if update.magnitude is not None:
-                tensors[f"{key}.lora_magnitude_vector"] = update.magnitude.float().cpu().contiguous()
-    header = {"format": "pt", CERTIFICATE: json.dumps(certificate(adapter, squeezed))}
-    return write(tensors, header, folder / LORA_FILE)
+            up, down = (factor.float().cpu() for factor in update.factors())
+            magnitude = None if update.magnitude is None else update.magnitude.float().cpu()
+            layers[component].append(Layer(named, neutral_path(named, site.path), up, down, magnitude=magnitude))
+    return layers
+
+
+def _exact(config: dict[str, Any], root: nn.Module) -> dict[str, Any]:
+    """PEFT's configuration, naming its modules by a pattern where PEFT would take others of `root` for them by their
+    ends."""
+    names = config["target_modules"]
+    ends, own = tuple(f".{name}" for name in names), set(names)
+    if not any(name.endswith(ends) and name not in own for name, _ in root.named_modules()):
+        return config
+    return {**config, "target_modules": "|".join(re.escape(name) for name in names)}
 
 
 def read_certificate(file: Path) -> dict[str, Any]:
@@ -74,113 +91,31 @@ def read_certificate(file: Path) -> dict[str, Any]:
     return json.loads(header[CERTIFICATE])
 
 
-def component_name(component: str, root: nn.Module) -> str:
-    """A component's folder or prefix in diffusers' layout of SD 1.x; a bare module's goes by its class.
+def component_name(component: str, root: nn.Module, format: str = "diffusers") -> str:
+    """A component's folder or prefix in the layouts of SD 1.x; a bare module's goes by its class.
 
     Raises InputError for one that has no place there.
     """
     kind = type(root).__name__
     name = component or _COMPONENT_OF.get(kind, kind)
     if name not in _COMPONENTS:
-        raise InputError("export", f"the diffusers layout has no place for {name}", "use adapter.save")
+        raise InputError("export", f"the {format} layout has no place for {name}", "export it as peft, or adapter.save")
     return name
 
 
-def check_exportable(adapter: Adapter) -> None:
-    """Raise InputError if the diffusers layout cannot hold this adapter; cheap, so it can run before training."""
+def check_exportable(adapter: Adapter, format: str = "diffusers") -> None:
+    """Raise InputError if the layout cannot hold this adapter; cheap, so it can run before training."""
+    if format not in FORMATS:
+        raise InputError("format", f"{format!r} is not written{near(format, FORMATS)}", f"take {', '.join(FORMATS)}")
+    has_magnitudes = "magnitude" in adapter.method.roles.values()
     for component, part in adapter.parts.items():
-        prefix = component_name(component, adapter.roots[component])
+        prefix = component if format == "peft" else component_name(component, adapter.roots[component], format)
         if any(site.rows is not None for site in part.sites):
-            wrong = "slices of a fused matrix have no place in the diffusers layout"
+            wrong = f"slices of a fused matrix have no place in the {format} layout"
             raise InputError("export", wrong, "use adapter.save")
-        if prefix != "unet" and "magnitude" in adapter.method.roles.values():
+        if format == "diffusers" and prefix != "unet" and has_magnitudes:
             wrong = f"diffusers drops {adapter.method_name}'s magnitudes in the {prefix}"
-            raise InputError("export", wrong, "adapt the UNet alone, or take another adapter")
-
-
-def _written_path(prefix: str, path: str) -> str:
-    """CLIP encoders are written with `text_model.` always: every reader takes it, and some need it."""
-    return path if prefix == "unet" or path.startswith("text_model.") else f"text_model.{path}"
-
-
-def _padded(tensor: Tensor, dim: int, rank: int) -> Tensor:
-    tensor = tensor.float().cpu()
-    lacking = rank - tensor.shape[dim]
-    if lacking:
-        shape = list(tensor.shape)
-        shape[dim] = lacking
-        tensor = torch.cat([tensor, torch.zeros(shape)], dim=dim)
-    return tensor.contiguous()
-
-
-def from_diffusers(model: Any, file: Path, tensors: dict[str, Tensor], header: dict[str, str], name: str) -> Adapter:
-    """Attach a LoRA (or, with magnitudes, DoRA) file in the diffusers layout of SD 1.x/2.x to `model`.
-
-    Raises InputError for a key of another layout, a half pair, a layer the model lacks, or a shape that does not fit.
-    """
-    layers: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            wrong = f"{key!r} is no key of the diffusers layout of SD 1.x"
-            raise InputError(str(file), wrong, "give a file that pipe.save_lora_weights or vislora wrote")
-        layers.setdefault((match["component"], match["path"]), {})[_KINDS[match["kind"]]] = tensor
-    scales = _scales(file, header, {component for component, _ in layers})
-    magnitudes = ["c" in layer for layer in layers.values()]
-    for (component, path), layer in layers.items():
-        if not {"A", "B"} <= layer.keys() or ("c" in layer) != magnitudes[0]:
-            raise InputError(str(file), f"{component}.{path} has only {sorted(layer)}", "copy it again")
-        if layer["A"].dim() != 2 or layer["B"].dim() != 2 or layer["A"].shape[0] != layer["B"].shape[1]:
-            shapes = [tuple(layer[k].shape) for k in "AB"]
-            raise InputError(str(file), f"{component}.{path} has factors {shapes}", "give a LoRA of linear layers")
-    found, values = {}, {}
-    prefixes = sorted({component for component, _ in layers})
-    for prefix, (component, root) in place(components(model), prefixes, lambda root: True, file).items():
-        written = {p: layer for (c, p), layer in layers.items() if c == prefix}
-        flat = {_read_path(root, prefix, path): layer for path, layer in written.items()}
-        sites = find_named(root, list(flat))
-        if len(sites) != len(flat):
-            missing = sorted(flat.keys() - {s.name for s in sites})
-            wrong = f"{len(missing)} of its {len(flat)} layers are not in {type(root).__name__}: {missing[0]}"
-            raise InputError(str(file), wrong, "load it into the model it was trained on")
-        found[component], values[component] = (root, sites), []
-        for site in sites:
-            layer = flat[site.name]
-            A, B = layer["A"].float(), layer["B"].float() * scales.get(prefix, 1.0)
-            if (B.shape[0], A.shape[1]) != (site.m, site.n) or ("c" in layer and layer["c"].numel() != site.m):
-                wrong = f"{site.name} is {(B.shape[0], A.shape[1])} in the file, {(site.m, site.n)} in the model"
-                raise InputError(str(file), wrong, "load it into the model it was trained on")
-            values[component].append({"A": nn.Parameter(A), "B": nn.Parameter(B)})
-            if "c" in layer:
-                values[component][-1]["c"] = nn.Parameter(layer["c"].float().flatten())
-    method_name = "dora" if magnitudes[0] else "lora"
-    rank = max(layer["A"].shape[0] for layer in layers.values())
-    return build(name, method_name, get(method_name)(rank=rank), found, values, seed=0)
-
-
-def _read_path(root: nn.Module, prefix: str, path: str) -> str:
-    """transformers 5.6 took `text_model` out of CLIPTextModel; files keep it."""
-    flat = prefix != "unet" and "text_model" not in root._modules
-    return path.removeprefix("text_model.") if flat else path
-
-
-def _scales(file: Path, header: dict[str, str], prefixes: set[str]) -> dict[str, float]:
-    """{component: alpha / rank} from diffusers' own header; 1 where nothing is stored."""
-    text = header.get("lora_adapter_metadata")
-    if text is None:
-        return {}
-    try:
-        stored = dict(json.loads(text))
-        out = {}
-        for prefix in prefixes:
-            if stored.get(f"{prefix}.rank_pattern") or stored.get(f"{prefix}.alpha_pattern"):
-                wrong = f"gives the layers of {prefix} ranks or alphas of their own in its header"
-                raise InputError(str(file), wrong, "fold them into the weights and save it again")
-            rank, alpha = stored.get(f"{prefix}.r"), stored.get(f"{prefix}.lora_alpha")
-            if rank and alpha is not None:
-                out[prefix] = alpha / (rank**0.5 if stored.get(f"{prefix}.use_rslora") else rank)
-        return out
-    except (ValueError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(str(file), f"has a damaged lora_adapter_metadata ({error})", "save it again") from None
+            raise InputError("export", wrong, "export it as peft, adapt the UNet alone, or take another adapter")
+        if format == "kohya" and has_magnitudes:
+            wrong = f"readers of kohya's files drop {adapter.method_name}'s magnitudes or read them otherwise"
+            raise InputError("export", wrong, "export it as diffusers or peft, or take another adapter")

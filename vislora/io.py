@@ -30,7 +30,9 @@ from .site import Site, find_named, qualified
 log = logging.getLogger("vislora")
 FILE = "adapter.safetensors"
 PEFT_CONFIG = "adapter_config.json"
+PEFT_FILE = "adapter_model.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "lora.safetensors"
 _FORMAT = 1
 
 
@@ -96,7 +98,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def load(
     model: Any, path: str | Path, name: str = "default", weight: float = 1.0, allow_other_base: bool = False
 ) -> Handle:
-    """Attach a saved adapter to `model`: our own folder or file, a run's folder, or a diffusers LoRA of SD 1.x.
+    """Attach a saved adapter to `model`: our own folder or file, a run's folder, or a LoRA of diffusers or kohya.
 
     What `save` of full fine-tuning and of PEFT's methods wrote is read back too, as is any folder in PEFT's layout.
     model: a module, a pipeline or {component: module}, as for `attach`.
@@ -108,7 +110,7 @@ def load(
         from .baselines import _peft_handle  # PEFT takes seconds to import
 
         return _weighted(_peft_handle.load(model, folders, name, allow_other_base), weight)
-    file = _locate(Path(path))
+    file = locate(Path(path))
     tensors, header = read(file)
     if not tensors:
         raise InputError(str(file), "holds no tensors", "train or copy it again")
@@ -118,9 +120,10 @@ def load(
         read_in = full.load if config["method"] == full.Full.word else _load_own
         adapter = read_in(model, file, tensors, config, name, allow_other_base)
     else:
-        from .export import from_diffusers
+        from . import foreign
+        from .formats import Stored
 
-        adapter = from_diffusers(model, file, tensors, header, name)
+        adapter = foreign.load(model, file, Stored(tensors, header), name)
     log.info("%s: all of its %d layers are matched", file, len(adapter.sites))
     return _weighted(adapter, weight)
 
@@ -136,6 +139,8 @@ def _weighted(handle: Handle, weight: float) -> Handle:
 
 def _peft_folders(path: Path) -> dict[str, Path]:
     """{component: folder} where `path`, or a run's adapter folder in it, is in PEFT's layout; else nothing."""
+    if path.name == PEFT_FILE and (path.parent / PEFT_CONFIG).is_file():
+        return {"": path.parent}
     for folder in (path, path / "adapter"):
         if (folder / PEFT_CONFIG).is_file():
             return {"": folder}
@@ -145,12 +150,17 @@ def _peft_folders(path: Path) -> dict[str, Path]:
     return {}
 
 
-def _locate(path: Path) -> Path:
+def locate(path: Path) -> Path:
+    """The adapter's file in a folder, or `path` itself. Raises InputError for pickles, and where it is not clear."""
     if path.is_dir():
-        for candidate in (path / FILE, path / "adapter" / FILE, path / LORA_FILE):
+        for candidate in (path / FILE, path / "adapter" / FILE, path / LORA_FILE, path / KOHYA_FILE):
             if candidate.is_file():
                 return candidate
-        raise InputError(str(path), "holds no adapter", f"give a folder with {FILE} or {LORA_FILE}")
+        held = sorted(path.glob("*.safetensors"))
+        if len(held) == 1:
+            return held[0]
+        wrong = f"holds no adapter: it holds {len(held)} safetensors files, none of a known name"
+        raise InputError(str(path), wrong, f"name the file, or give a folder with {FILE} or {LORA_FILE}")
     if not path.is_file():
         raise InputError(str(path), "does not exist", "give an adapter's folder or file")
     if path.suffix != ".safetensors":
@@ -187,7 +197,7 @@ def _load_own(model, file: Path, tensors: dict[str, Tensor], config: dict, name:
     for prefix, (component, root) in roots.items():
         names = [n.removeprefix(prefix + ".") if prefix else n for n in shapes if _has_prefix(n, prefix, prefixes)]
         sites = find_named(root, names)
-        _require_all(names, sites, root, file)
+        require_all(names, sites, root, file)
         for site in sites:
             saved = qualified(prefix, site.name)
             if list(shapes[saved]) != [site.m, site.n]:
@@ -238,7 +248,8 @@ def _has_prefix(name: str, prefix: str, prefixes: list[str]) -> bool:
     return prefixes == [""] or name.startswith(prefix + ".")
 
 
-def _require_all(names: list[str], sites: list[Site], root: nn.Module, file: Path) -> None:
+def require_all(names: list[str], sites: list[Site], root: nn.Module, file: Path) -> None:
+    """Raise InputError, with their number and what is near, for names that no site has."""
     have = {site.name for site in sites}
     missing = [n for n in names if n not in have]
     if missing:

@@ -197,9 +197,10 @@ class PeftHandle(Dense):
         from ..export import export
 
         for component, part in self.parts.items():
-            reason = part.unplain(component or "unet")
+            # in PEFT's own layout a text encoder's magnitudes have their place, as a UNet's have in diffusers'
+            reason = part.unplain("unet" if format == "peft" else component or "unet")
             if reason is not None:
-                log.warning("peft: %s: no LoRA file for diffusers is written -> use the adapter's own folder", reason)
+                log.warning("peft: %s: no LoRA file for %s is written -> use the adapter's own folder", reason, format)
                 return None
         return export(self, Path(folder), format, rank)
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from vislora.baselines.full import FullHandle
 from vislora.errors import EnvironmentFault
-from vislora.export import LORA_FILE, component_name
+from vislora.export import component_name
 from vislora.handle import Handle
+from vislora.io import LORA_FILE
 from vislora.site import Site
 from vislora.squeeze import squeeze
 from vislora.tap import base_weight

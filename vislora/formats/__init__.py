@@ -20,7 +20,7 @@ from .base import Base
 from .disk import write_bytes
 from .lora import Layer, LoraFile, Stored
 
-__all__ = ["FORMATS", "Base", "Layer", "LoraFile", "read", "rewritten", "save", "written"]
+__all__ = ["FORMATS", "Base", "Layer", "LoraFile", "Stored", "parse", "read", "rewritten", "save", "store", "written"]
 
 FORMATS = {"vislora": ours, "diffusers": diffusers, "kohya": kohya, "peft": peft}
 # Adapters that are no LoRA, by a pattern of their keys.
@@ -42,8 +42,12 @@ def read(path: Path, base: Base | None = None) -> LoraFile:
         return peft.read(path)
     if path.name == peft.FILE and peft.recognise(path.parent):
         return peft.read(path.parent)
-    file = _locate(path)
-    stored = Stored(*io.read(file))
+    file = io.locate(path)
+    return parse(file, Stored(*io.read(file)), base)
+
+
+def parse(file: Path, stored: Stored, base: kohya.Modules | None = None) -> LoraFile:
+    """`read` of one file whose tensors and header are in memory."""
     keys = set(stored.tensors)
     if not keys:
         raise InputError(str(file), "holds no tensors", "train or copy it again")
@@ -60,24 +64,6 @@ def read(path: Path, base: Base | None = None) -> LoraFile:
     if any(key.startswith("base_model.model.") for key in keys):
         raise InputError(str(file), f"is PEFT's, without its {peft.CONFIG}", "give the folder that holds both")
     raise InputError(str(file), f"holds no adapter's keys, the first is {min(keys)}", "give a LoRA file")
-
-
-def _locate(path: Path) -> Path:
-    if path.is_dir():
-        for name in (io.FILE, f"adapter/{io.FILE}", io.LORA_FILE, kohya.FILE):
-            if (path / name).is_file():
-                return path / name
-        held = sorted(path.glob("*.safetensors"))
-        if len(held) == 1:
-            return held[0]
-        wrong = f"holds {len(held)} safetensors files and none of a known name"
-        raise InputError(str(path), wrong, "name the adapter's file")
-    if not path.is_file():
-        raise InputError(str(path), "does not exist", "give an adapter's folder or file")
-    if path.suffix != ".safetensors":
-        wrong = f"is a {path.suffix or 'nameless'} file, which may run code when read"
-        raise InputError(str(path), wrong, "convert it to .safetensors with the tool that made it")
-    return path
 
 
 def written(layers: list[Layer], format: str, header: Mapping[str, str], out: Path) -> dict[Path, Stored]:
@@ -106,27 +92,32 @@ def rewritten(
     return files
 
 
+def store(files: Mapping[Path, Stored]) -> None:
+    """Write what `written` or `rewritten` made, PEFT's configurations beside it; files of these names are replaced."""
+    for target, part in files.items():
+        io.require_finite(part.tensors, str(target))
+    for file, part in files.items():
+        io.write({key: t.detach().contiguous() for key, t in part.tensors.items()}, part.header, file)
+        if part.config is not None:
+            write_bytes(file.parent / peft.CONFIG, (json.dumps(part.config, indent=2) + "\n").encode())
+
+
 def save(files: Mapping[Path, Stored], layers: list[Layer], base: Base | None = None) -> tuple[Path, float]:
     """Write what `written` or `rewritten` made, read it back and compare it with `layers`.
 
     Returns the file (of several, their common folder) and the largest relative error. Raises InputError if a file
     exists already, and EnvironmentFault, files removed, for what cannot be written or does not come back.
     """
-    beside = {target: target.parent / peft.CONFIG for target, part in files.items() if part.config is not None}
-    for target in [*files, *beside.values()]:
+    beside = [target.parent / peft.CONFIG for target, part in files.items() if part.config is not None]
+    for target in [*files, *beside]:
         if target.exists():
             raise InputError(f"-o {target}", "exists already", "choose another name")
-    for target, part in files.items():
-        io.require_finite(part.tensors, str(target))
     target = next(iter(files)) if len(files) == 1 else Path(os.path.commonpath(list(files)))
     try:
-        for file, part in files.items():
-            io.write({key: t.detach().contiguous() for key, t in part.tensors.items()}, part.header, file)
-            if file in beside:
-                write_bytes(beside[file], (json.dumps(part.config, indent=2) + "\n").encode())
+        store(files)
         return target, verify(layers, target, base)
     except VisloraError:
-        for file in [*files, *beside.values()]:
+        for file in [*files, *beside]:
             file.unlink(missing_ok=True)
         raise
 

@@ -26,7 +26,7 @@ class Base:
 
     def __init__(self, folder: Path):
         """Raises InputError for a folder that holds no safetensors weights."""
-        self.folder = folder
+        self.folder, self.label = folder, str(folder)
         if not folder.is_dir():
             raise InputError(f"--base {folder}", "is no folder", "give a diffusers or transformers model's folder")
         self._files: dict[str, dict[str, tuple[safe_open, str]]] = {}  # by component

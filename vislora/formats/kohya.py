@@ -5,17 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, near
-from .base import Base
+from ..io import KOHYA_FILE as FILE
 from .diffusers import NO_COMPONENT
 from .lora import Layer, LoraFile, Names, Stored, folded, layers_of
 from .vocabulary import by_flat_name, flat, from_ldm, known
 
-FILE = "lora.safetensors"
+
+class Modules(Protocol):
+    """What a file's names may stand for: a `Base`, or a model at hand. label: what messages call it."""
+
+    label: str
+
+    def paths(self, component: str) -> list[str]: ...
+
+
+
 _KEY = re.compile(
     r"(?P<prefix>lora_(?:unet|te[123]?))_(?P<name>[^.]+)"
     r"\.(?P<kind>lora_down\.weight|lora_up\.weight|alpha|dora_scale)"
@@ -30,7 +40,7 @@ def recognise(keys: set[str], header: Mapping[str, str]) -> bool:
     return any(_KEY.fullmatch(key) for key in keys)
 
 
-def read(file: Path, stored: Stored, base: Base | None = None) -> LoraFile:
+def read(file: Path, stored: Stored, base: Modules | None = None) -> LoraFile:
     """Raises InputError for a name of no module of the vocabulary (of the base, where one is given), or of two."""
     found: dict[Names, dict[str, str]] = {}
     for key in stored.tensors:
@@ -50,7 +60,7 @@ def read(file: Path, stored: Stored, base: Base | None = None) -> LoraFile:
     return LoraFile(file, "kohya", layers_of(file, stored, found, scale), {"": stored})
 
 
-def _path(file: Path, component: str, name: str, base: Base | None) -> str:
+def _path(file: Path, component: str, name: str, base: Modules | None) -> str:
     names = known(component) if base is None else by_flat_name(base.paths(component))
     # diffusers' converter leaves text_model out since transformers 5.6; kohya's SDXL files name LDM's blocks.
     other = from_ldm(name) if component == "unet" else f"text_model_{name}"
@@ -59,7 +69,7 @@ def _path(file: Path, component: str, name: str, base: Base | None) -> str:
         return paths[0]
     if paths:
         raise InputError(str(file), f"{name} may be {' or '.join(paths[:3])}", "convert it with the tool that made it")
-    where = f"the {component} of {base.folder}" if base else f"the {component} of SD 1.x, 2.x and XL"
+    where = f"the {component} of {base.label}" if base else f"the {component} of SD 1.x, 2.x and XL"
     remedy = "give the base that it was trained on" if base else "give its model's folder as --base"
     raise InputError(str(file), f"{name} is no module of {where}{near(name, names)}", remedy)
 

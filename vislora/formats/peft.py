@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import InputError
+from ..io import PEFT_CONFIG as CONFIG
+from ..io import PEFT_FILE as FILE
 from ..io import read as read_tensors
 from .diffusers import require_one_kind, scale_of
 from .lora import COMPONENTS, TEXT_ENCODERS, Layer, LoraFile, Names, Stored, folded, layers_of, neutral_path
 from .vocabulary import component_of
 
-FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _KEY = re.compile(
     re.escape(_PREFIX) + r"(?P<path>.+)\.(?P<kind>lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
@@ -92,7 +93,7 @@ def _config(file: Path) -> dict[str, Any]:
 def parts(layers: list[Layer], header: Mapping[str, str], out: Path) -> dict[Path, Stored]:
     """What to write for `layers`: a sub-folder for each component, or `out` itself for a model without any."""
     if out.suffix == ".safetensors":
-        raise InputError(f"-o {out}", "is a file", "PEFT reads folders: give a folder's name")
+        raise InputError(str(out), "is a file", "PEFT reads folders: give a folder's name")
     if any(layer.path.endswith("]") for layer in layers):
         raise InputError("export", "slices of a fused matrix have no place in PEFT's layout", "keep our own format")
     require_one_kind(layers)
