@@ -13,16 +13,19 @@ import vislora
 
 
 class Trainee:
-    """A frozen model with one adapter and AdamW: `step()` is one whole training step, data-driven starts included."""
+    """A frozen model with one adapter and AdamW; `step()` is one whole training step.
+
+    start_seconds: attaching and, where the method has one, the data-driven start.
+    """
 
     def __init__(self, build: Callable[[], nn.Module], loss: Callable[[nn.Module], torch.Tensor], method: str,
                  steps: int = 1000, **options):
         self.model, self.loss = build(), loss
+        began = now(self.model)
         self.adapter = vislora.attach(self.model, method, **options)
         self.optimizer = torch.optim.AdamW(self.adapter.param_groups(1e-4), weight_decay=0.0)
         self.adapter.bind(self.optimizer, steps, first_lr=1e-4)
         self.model.train()
-        began = now(self.model)
         self.adapter.prepare(self.backward)
         self.start_seconds = now(self.model) - began
 
