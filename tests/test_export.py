@@ -6,9 +6,7 @@ import json
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
-from tiny_sd import tiny_sd
 
 import vislora
 from vislora.adapters import get
@@ -17,18 +15,6 @@ from vislora.errors import EnvironmentFault, InputError
 from vislora.export import CERTIFICATE, read_certificate
 from vislora.io import LORA_FILE, read, write
 from vislora.measure import norms
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_sd(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def pipe(folder):
-    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, feature_extractor=None)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def moved(adapter):

@@ -7,11 +7,9 @@ import json
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from hosts import library_hosts, llama, text_encoder, unet
 from peft import PeftModel
 from safetensors.torch import save_file
-from tiny_sd import tiny_sd
 from torch import nn
 
 import vislora
@@ -25,18 +23,6 @@ from vislora.io import KOHYA_FILE, LORA_FILE, PEFT_CONFIG, PEFT_FILE, read, writ
 METHODS = {"lora": {"alpha": 7.0}, "pissa": {}, "nb_lora": {"p": 1, "delta": 3.0}}
 PEFT_HOSTS = {"unet": None, "text_encoder": None, "llama": "llm-linear", "timm_vit": ["attn.proj", "mlp.fc1"]}
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_sd(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def pipe(folder):
-    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, feature_extractor=None)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from hosts import text_encoder, unet
@@ -17,25 +17,12 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from tiny_sd import tiny_sd
 
 import vislora
 from vislora.errors import EnvironmentFault, InputError
 from vislora.formats import FORMATS, Base, read, save, written
 from vislora.formats.vocabulary import component_of, flat, from_ldm, known
 from vislora.io import LORA_FILE
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_sd(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def pipe(folder):
-    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, feature_extractor=None)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def shake(model):

@@ -25,7 +25,6 @@ class Modules(Protocol):
     def paths(self, component: str) -> list[str]: ...
 
 
-
 _KEY = re.compile(
     r"(?P<prefix>lora_(?:unet|te[123]?))_(?P<name>[^.]+)"
     r"\.(?P<kind>lora_down\.weight|lora_up\.weight|alpha|dora_scale)"

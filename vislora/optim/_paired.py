@@ -46,7 +46,7 @@ class PairedAdamW(torch.optim.AdamW):
 
     def treat(self, pairs: list[Pair]) -> None:
         """Replace the factors' gradients by what AdamW shall see, or move the factors and leave None there."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not define treat")
 
     @torch.no_grad()
     def step(self, closure=None):
