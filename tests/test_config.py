@@ -54,14 +54,19 @@ class NBLora:
             raise InputError("rank", f"{self.rank} is below 1", "take 1 or more")
 
 
-METHODS = {"lora": Lora, "nb_lora": NBLora}
+@dataclass(frozen=True)
+class Bare:
+    """A word without options."""
+
+
+METHODS = {"lora": Lora, "nb_lora": NBLora, "full": Bare, "none": Bare}
 
 
 def read(line="", prompt=True):
     """`parse` of a command line as a shell would split it."""
     argv = (["--instance_prompt", "a dog"] if prompt else []) + shlex.split(line)
     about = {"prog": "dreambooth.py", "description": "Learn a subject."}
-    return parse(Script, argv, **about, methods=METHODS, others=("full", "none"))
+    return parse(Script, argv, **about, methods=METHODS)
 
 
 def from_yaml(tmp_path, text, line=""):
@@ -243,7 +248,7 @@ def test_the_resolved_config_runs_again(tmp_path):
     assert from_yaml(tmp_path, text) == (script, method)
     assert yaml.safe_load(text) == to_dict(script, method)  # plain for any other reader too
     full = read("--adapter full")
-    assert full[1] is None and from_yaml(tmp_path, to_yaml(*full)) == full
+    assert full[1] == Bare() and from_yaml(tmp_path, to_yaml(*full)) == full
     assert read_yaml(tmp_path / "c.yaml")["adapter"] == "full"
 
 

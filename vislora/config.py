@@ -73,14 +73,13 @@ def read_yaml(file: str | Path, flag: str = "--config") -> dict[str, Any]:
 
 
 def parse(schema: type[T], argv: Sequence[str], *, prog: str, description: str = "",
-          methods: Mapping[str, type] | None = None, others: Sequence[str] = (),
-          selector: str = "adapter", base: Mapping[str, Any] | None = None) -> tuple[T, Any]:
+          methods: Mapping[str, type] | None = None, selector: str = "adapter",
+          base: Mapping[str, Any] | None = None) -> tuple[T, Any]:
     """(instance of `schema`, instance of the chosen method's class or None) from flags and --config FILE.yaml.
 
-    `methods` maps what the field `selector` may say to dataclasses, `others` lists the words without options of their
-    own ("full", "none"). Flags win over the file, and the file
-    over `base` (settings as `read_yaml` gives them). InputError for anything unknown, missing or of the wrong type;
-    `check()` of the chosen method runs where it has one. --help prints and raises SystemExit(0).
+    `methods` maps what the field `selector` may say to dataclasses. Flags win over the file, and the file over `base`
+    (settings as `read_yaml` gives them). InputError for anything unknown, missing or of the wrong type; `check()` of
+    the chosen method runs where it has one. --help prints and raises SystemExit(0).
     """
     script, of_method = options(schema), {n: options(c, METHOD_ALIASES) for n, c in (methods or {}).items()}
     _keep_apart(script, of_method, prog)
@@ -96,10 +95,9 @@ def parse(schema: type[T], argv: Sequence[str], *, prog: str, description: str =
         only = {selector: script[selector]}
         given = _from_file(settings, only, file)[0] | _from_flags(flags, only)[0]
         chosen = given.get(selector, script[selector].default)
-        words = [*of_method, *others]
-        if chosen is not None and chosen not in words:
-            wrong = f"{chosen!r} is no method{near(str(chosen), words)}"
-            raise InputError(f"--{selector}", wrong, f"take one of {', '.join(words)}")
+        if chosen is not None and chosen not in of_method:
+            wrong = f"{chosen!r} is no method{near(str(chosen), of_method)}"
+            raise InputError(f"--{selector}", wrong, f"take one of {', '.join(of_method)}")
 
     own = of_method.get(chosen, {})
     known = script | own

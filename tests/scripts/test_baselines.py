@@ -179,9 +179,20 @@ def test_what_baselines_lack_is_refused(run, capsys, place):
         (("--adapter", "peft", "--peft_config", "gone.json"), ("gone.json", "cannot be read")),
         ((*peft("LOHA", target_modules=["to_q"]), "--targets", "to_v"), ("to_v", "target_modules")),
         ((*peft("LORA", lora_alfa=2),), ("lora_alfa", "lora_alpha")),
+        (("--adapter", "full", "--export_rank", "2"), ("export_rank", "2 beside full")),
+        (("--adapter", "none", "--export_rank", "2"), ("export_rank", "2 beside none")),
+        ((*peft("OFT", oft_block_size=4), "--export_rank", "2"), ("export_rank", "2 beside peft")),
     ):
         line = refused(run, capsys, *flags)
         assert all(word in line for word in words), line
+
+
+def test_pefts_lora_is_squeezed_like_ours(run):
+    run(*peft("LORA", r=4), "--export_rank", "2", "--learning_rate", "0.05", "--output_dir", "out")
+    tensors, _ = read(Path("out") / LORA_FILE)
+    assert {t.shape[0] for key, t in tensors.items() if "lora_A" in key} == {2}
+    metrics = json.loads(Path("out/metrics.json").read_text())
+    assert 0 < metrics["largest_lost"] < 1 and metrics["diffusers_export_error"] < 1e-3
 
 
 def test_dry_run_counts_the_copy_of_the_base(run, capsys):
