@@ -1,4 +1,4 @@
-"""Stage `lpips`: a SqueezeNet trunk for `lpips.LPIPS(net="squeeze", lpips=False)`, trained to name objects and places."""
+"""Stage `lpips`: a SqueezeNet trunk for `lpips.LPIPS(net="squeeze", lpips=False)`, which names objects and places."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def network() -> torch.nn.Module:
     """torchvision's SqueezeNet 1.1 with outputs for the objects, then for the backgrounds."""
     from torchvision.models import squeezenet1_1
 
-    return squeezenet1_1(num_classes=OBJECTS + len(world.BACKGROUNDS), dropout=0.2).to(memory_format=torch.channels_last)
+    model = squeezenet1_1(num_classes=OBJECTS + len(world.BACKGROUNDS), dropout=0.2)
+    return model.to(memory_format=torch.channels_last)
 
 
 def metric(features: dict[str, torch.Tensor] | None) -> torch.nn.Module:
