@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .adapters import Method
+from .distributed import whole
 from .linalg import without_autocast
 from .site import Site
 from .tap import tap_of
@@ -62,6 +63,7 @@ class Part(nn.Module):
             self.store[site.name.replace(".", "/")] = held.double() if weight.dtype == torch.float64 else held
         self.adapter_weight, self.call_scale, self.disabled = 1.0, 1.0, 0
         self.called: set[nn.Module] = set()
+        self.compiled = False  # graphs were made of adapted modules, which take no such notes
         self.inside = False  # the root's own forward is running, for which the updates were just computed
         self.prepared = not method.needs_prepare
         self.frozen: list[nn.Parameter] = []  # what attach froze, to be given back at detach
@@ -82,7 +84,8 @@ class Part(nn.Module):
 
     def tensors_of(self, site: Site) -> SimpleNamespace:
         """One site's tensors as the method sees them: its own and its share of the common ones."""
-        return SimpleNamespace(**self.method.share_of(self.common.all(), site), **self.own_tensors(site))
+        own = {name: whole(tensor) for name, tensor in self.own_tensors(site).items()}
+        return SimpleNamespace(**self.method.share_of(self.common.all(), site), **own)
 
     def forward(self) -> list[Update]:
         """One Update for each site, in the order of `sites`; differentiable."""
@@ -148,8 +151,10 @@ class Part(nn.Module):
         return [(site, update) for site, update in self._updates[module] if site.tensor == tensor]
 
     def saw(self, module: nn.Module) -> None:
-        """Note that the running forward reached an adapted module; a compiled one takes no notes."""
-        if not is_compiling():
+        """Note that the running forward reached an adapted module. A graph that read its notes would be made anew."""
+        if is_compiling():
+            self.compiled = True
+        else:
             self.called.add(module)
 
     def clear(self) -> None:

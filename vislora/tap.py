@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reading
+from .distributed import whole
 from .layer import layer_of
 from .linalg import without_autocast
 from .quantized import dequantized, is_quantized
@@ -186,4 +187,4 @@ def base_weight(module: nn.Module, tensor: str = "weight") -> Tensor:
         return tap.base
     if is_quantized(module):
         return dequantized(module)
-    return (getattr(module, tensor) if tap is None else module._parameters[tensor]).detach()
+    return whole((getattr(module, tensor) if tap is None else module._parameters[tensor]).detach())
