@@ -71,7 +71,10 @@ def test_every_method_trains_in_one_graph(method):
     assert 0 < count[0] <= 2 and len(set(count)) == 1 and not counters["graph_break"]
 
 
-@pytest.mark.parametrize("name", ["conv", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mha", "timm_vit", "unet"))])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mha", "timm_vit", "unet")]
+
+
+@pytest.mark.parametrize("name", ["conv", *SLOW])
 def test_graphs_are_kept_from_step_to_step_and_from_strength_to_strength(name):
     host = HOSTS[name]
     model, adapter = adapted(host, "nb_lora")

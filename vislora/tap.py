@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reading
-from .distributed import whole
+from .distributed import is_sharded, whole
 from .layer import layer_of
 from .linalg import without_autocast
 from .quantized import dequantized, is_quantized
@@ -140,7 +140,12 @@ class ReadTap(Tap):
         reading.take(self.module, self.tensor)
 
     def adapted(self, weight: Tensor) -> Tensor:
-        """The weight (out, ...) with the deltas, in its own dtype; summed in float32 or float64."""
+        """The weight (out, ...) with the deltas, in its own dtype; summed in float32 or float64.
+
+        Shards are left as they are: their owner looks after them, and gathers them before a forward reads the weight.
+        """
+        if is_sharded(weight):
+            return weight
         total = weight
         with without_autocast(weight.device):
             for part in self._active():
