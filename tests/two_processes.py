@@ -150,7 +150,7 @@ def refusals() -> str:
     adapter = attach(model, "lora_ga", rank=4)
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     for call in (lambda: adapter.prepare(lambda: model(batch(0, (0,))[0]).sum()), adapter.merge,
-                 lambda: attach(model, "lora", name="later")):  # fmt: skip
+                 lambda: attach(model, "lora", rank=2, name="later")):  # fmt: skip
         try:
             call()
         except ValueError as error:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..distributed import whole
 from ..errors import EnvironmentFault, InputError
 from ..handle import Dense, require_no_rank
 from ..linalg import precise
@@ -104,7 +105,7 @@ class FullHandle(Dense):
 
     def base_weights(self) -> Iterator[tuple[str, list[int], Callable[[], Tensor]]]:
         for name, base in self.kept.base.items():
-            yield name, list(base.shape), lambda name=name: precise(self.kept.value(name))
+            yield name, list(base.shape), lambda name=name: precise(whole(self.kept.value(name)))
 
     def disabled(self) -> AbstractContextManager[None]:
         self._require_unmerged("disabled")
@@ -130,7 +131,7 @@ class FullHandle(Dense):
     def save(self, folder: str | Path) -> Path:
         from ..io import FILE, header_of, require_finite, write
 
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.named_tensors()}
+        tensors = {name: whole(t.detach()).cpu().contiguous() for name, t in self.named_tensors()}
         require_finite(tensors, "full")
         return write(tensors, header_of(self, whole=self.whole), Path(folder) / FILE)
 
