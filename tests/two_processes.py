@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 from torch import distributed as group
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from vislora import attach, linalg
-from vislora.io import write
+from vislora import attach, distributed, linalg
+from vislora.io import read, write
 from vislora.prepare import weight_gradients
 
 STEPS = 10  # ends with a renewal of bases
@@ -28,12 +31,63 @@ CASES = {
     "od_lora limited": {"init_rounds": 2, "init_steps": 3, "form": "limited_capacity"},
     "rslora optimal": {"optimal_gradient": True},
     "adalora": {"init_r": 4, "tinit": 2, "tfinal": 4},
+    "sorsa": {},
+    "full": {},
 }
+SHARDED = ("lora", "nb_lora", "dora", "sorsa", "od_lora", "adalora", "full")
 
 
 def net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 16)).train()
+
+
+class Attending(nn.Module):
+    """Three tokens through a linear, torch's attention, whose weights are read, and another linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.attn, self.b = nn.Linear(4, 16), nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 16)
+
+    def forward(self, x):
+        h = self.a(x.unflatten(-1, (3, 4)))
+        return self.b(h + self.attn(h, h, h, need_weights=False)[0]).mean(1)
+
+
+def options(case: str) -> dict:
+    return {} if case == "full" else {"rank": 2 if case == "adalora" else 4, **CASES.get(case, {})}
+
+
+def sharded(case: str, ranks: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """An adapter's tensors, deltas and what it saves after STEPS steps; in shards where `ranks` is one of several."""
+    torch.manual_seed(0)
+    model, alone = Attending().train(), len(ranks) > 1
+    if case == "full" and not alone:  # its tensors are the model's own
+        shard(model)
+    more = {} if case == "full" else {"targets": ["a", "in_proj_weight[q]", "in_proj_weight[v]", "out_proj", "b"]}
+    adapter = attach(model, case, **options(case), **more)
+    if case != "full" and not alone:
+        shard(model)
+    optimizer = torch.optim.SGD(adapter.param_groups(0.05), momentum=0.9)
+    adapter.bind(optimizer, STEPS)
+    closure = closures(model, ranks, adapter)
+    adapter.prepare(closure)
+    for _ in range(STEPS):
+        loss = closure()
+        optimizer.step()
+        optimizer.zero_grad()
+    with tempfile.TemporaryDirectory() as folder:
+        saved = read(adapter.save(folder))[0]
+    deltas = {f"delta {name}": distributed.whole(delta) for name, delta in adapter.deltas().items()}
+    total = distributed.mean(loss.detach(), torch.device("cpu")) if not alone else loss.detach()
+    return {**saved, **deltas, "loss": total}
+
+
+def shard(model: nn.Module) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(model.a, mesh=mesh)
+    fully_shard(model.attn, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def batch(call: int, ranks: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,7 +129,7 @@ def gradients(ranks: tuple[int, ...]) -> dict[str, torch.Tensor]:
 def trained(case: str, ranks: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """An adapter's tensors after its start and STEPS steps of SGD; under DDP where `ranks` is one of several."""
     model = net()
-    adapter = attach(model, case.split()[0], **{"rank": 2 if case == "adalora" else 4, **CASES[case]})
+    adapter = attach(model, case.split()[0], **options(case))
     wrapped = ddp(model) if len(ranks) == 1 else model
     optimizer = torch.optim.SGD(adapter.param_groups(0.05), momentum=0.9)
     adapter.bind(optimizer, STEPS)
@@ -87,6 +141,21 @@ def trained(case: str, ranks: tuple[int, ...]) -> dict[str, torch.Tensor]:
         optimizer.step()
         optimizer.zero_grad()
     return {**started, **{name: t.detach() for name, t in adapter.named_tensors()}}
+
+
+def refusals() -> str:
+    """What a model in shards cannot do."""
+    told = []
+    model = net()
+    adapter = attach(model, "lora_ga", rank=4)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    for call in (lambda: adapter.prepare(lambda: model(batch(0, (0,))[0]).sum()), adapter.merge,
+                 lambda: attach(model, "lora", rank=2, name="later")):  # fmt: skip
+        try:
+            call()
+        except ValueError as error:
+            told.append(str(error))
+    return "\n".join(told)
 
 
 def unreached(rank: int) -> str:
@@ -133,6 +202,9 @@ def main(rank: int, folder: Path) -> None:
     for case in CASES:
         write(trained(case, (rank,)), {}, folder / f"{case}-{rank}.safetensors")
     write(gradients((rank,)), {}, folder / f"gradients-{rank}.safetensors")
+    for case in SHARDED:
+        write(sharded(case, (rank,)), {}, folder / f"sharded {case}-{rank}.safetensors")
+    (folder / f"refused-{rank}").write_text(refusals())
     (folder / f"unreached-{rank}").write_text(unreached(rank))
     group.destroy_process_group()
 

@@ -17,16 +17,9 @@ from .errors import InputError
 from .handle import Handle
 from .part import Part
 from .quantized import is_quantized
+from .root import RootHook, install, part_holder, parts_of, require_float_weights, require_untied, uninstall
 from .site import Site, qualified
-from .tap import (
-    RootHook,
-    install,
-    part_holder,
-    require_float_weights,
-    require_untied,
-    taps_of,
-    uninstall,
-)
+from .tap import taps_of
 from .update import Update
 
 log = logging.getLogger("vislora")
@@ -132,10 +125,9 @@ class Adapter(Handle):
             for site, update in zip(part.sites, part(), strict=True):
                 key = qualified(component, site.path)
                 if key not in out:
-                    whole = site.module.out_features, site.module.in_features  # a quantized weight's shape is packed
-                    out[key] = torch.zeros(whole, device=site.module.weight.device)
+                    out[key] = torch.zeros(site.shape, device=site.parameter.device)
                 rows = slice(None) if site.rows is None else site.rows
-                out[key][rows] += part.adapter_weight * update.dense(site.weight()).float()
+                out[key].flatten(1)[rows] += part.adapter_weight * update.dense(site.weight()).float()
         return out
 
     def base_weights(self) -> Iterator[tuple[str, list[int], Callable[[], Tensor]]]:
@@ -183,14 +175,24 @@ class Adapter(Handle):
         for component, part in self.parts.items():
             require_float_weights(part)
             require_untied(self.roots[component], part)
-        for part in self.parts.values():
-            for tap in taps_of(part):
-                tap.merge(part)
+        with self._updates_held():
+            for part in self.parts.values():
+                for tap in taps_of(part):
+                    tap.merge(part)
 
     def _unfold(self) -> None:
-        for part in self.parts.values():
-            for tap in taps_of(part):
-                tap.unmerge(part)
+        with self._updates_held():
+            for part in self.parts.values():
+                for tap in taps_of(part):
+                    tap.unmerge(part)
+
+    @contextlib.contextmanager
+    def _updates_held(self):
+        """Inside, no parameter changes: neither this adapter's nor, since merged ones are summed, another's."""
+        with contextlib.ExitStack() as stack:
+            for part in dict.fromkeys(part for root in self.roots.values() for part in parts_of(root)):
+                stack.enter_context(part.held())
+            yield
 
     def detach(self, merge: bool = False) -> None:
         """Remove the adapter. merge=False: the base model bit for bit. True: the delta stays in the weights."""
@@ -202,7 +204,8 @@ class Adapter(Handle):
             self._step_hook.remove()
         for hook in self._hooks:
             hook.remove()
-        lost = max(tap.keep(part) for part in self.parts.values() for tap in taps_of(part)) if merge else 0.0
+        with self._updates_held():
+            lost = max(tap.keep(part) for part in self.parts.values() for tap in taps_of(part)) if merge else 0.0
         if lost > 0.1:
             words = "merging lost %.0f %% of a delta to the weights' precision -> merge into a float32 copy"
             log.warning(words, 100 * lost)

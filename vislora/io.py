@@ -19,13 +19,14 @@ from .adapter import Adapter
 from .adapters import Method, get
 from .attach import build, components, shared_tensors
 from .baselines import full
+from .distributed import whole
 from .errors import EnvironmentFault, InputError, near
 from .fit import place, require_base
 from .handle import Handle
 from .linalg import precise
 from .measure import fingerprint
 from .quantized import is_quantized
-from .site import Site, find_named, qualified
+from .site import Site, candidates, find_named, qualified
 
 log = logging.getLogger("vislora")
 FILE = "adapter.safetensors"
@@ -37,9 +38,12 @@ _FORMAT = 1
 
 
 def save(adapter: Adapter, folder: Path) -> Path:
-    """Write folder/adapter.safetensors: every tensor as "<site>.<tensor>", the configuration in the header."""
+    """Write folder/adapter.safetensors: every tensor as "<site>.<tensor>", the configuration in the header.
+
+    Of a model in shards every process must call it.
+    """
     header = header_of(adapter, components=list(adapter.parts), tensors=_kinds(adapter))
-    tensors = {name: t.detach().cpu().contiguous() for name, t in adapter.named_tensors()}
+    tensors = {name: whole(t.detach()).cpu().contiguous() for name, t in adapter.named_tensors()}
     require_finite(tensors, "adapter")
     return write(tensors, header, folder / FILE)
 
@@ -253,7 +257,7 @@ def require_all(names: list[str], sites: list[Site], root: nn.Module, file: Path
     have = {site.name for site in sites}
     missing = [n for n in names if n not in have]
     if missing:
-        known = [n for n, m in root.named_modules() if isinstance(m, nn.Linear)]
+        known = list(candidates(root))
         wrong = f"{len(missing)} of its {len(names)} layers are not in {type(root).__name__}: {', '.join(missing[:5])}"
         raise InputError(str(file), wrong + near(missing[0], known), "load it into the model it was trained on")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import two_processes
-from two_processes import CASES, gradients, trained
+from two_processes import CASES, SHARDED, gradients, sharded, trained
 
 from vislora import distributed
 from vislora.io import read
@@ -61,11 +61,28 @@ def test_gradients_are_those_of_all_data(folder):
             close(gradient, alone[name], 1e-5)
 
 
-@pytest.mark.parametrize("case", ["lora", "nb_lora", "lora_sb", "lora_ga", "adalora"])
+@pytest.mark.parametrize("case", ["lora", "nb_lora", "lora_sb", "lora_ga", "adalora", "full"])
 def test_it_is_the_adapter_of_one_process_that_saw_both_batches(folder, case):
     alone = trained(case, (0, 1))
     for name, tensor in of(folder, case, 0).items():
         close(tensor, alone[name], 1e-5 if name.startswith("start ") else 1e-4)
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_a_model_in_shards_trains_as_one_that_is_whole(folder, case):
+    alone = sharded(case, (0, 1))
+    for rank in range(2):
+        there = of(folder, f"sharded {case}", rank)
+        assert there.keys() == alone.keys()
+        for name, tensor in there.items():
+            close(tensor, alone[name], 1e-4)
+
+
+def test_what_a_model_in_shards_cannot_do_is_said(folder):
+    for rank in range(2):
+        told = (folder / f"refused-{rank}").read_text().splitlines()
+        for line, words in zip(told, ("before fully_shard", "0 is in shards -> save", "attach first"), strict=True):
+            assert words in line
 
 
 def test_a_layer_that_one_process_does_not_reach_is_an_error_on_both(folder):

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..distributed import whole
 from ..errors import EnvironmentFault, InputError
 from ..handle import Dense, require_no_rank
 from ..linalg import precise
@@ -50,11 +51,14 @@ class Full(Baseline):
 
 def tensors_of(root: nn.Module, sites: list[Site]) -> dict[str, Tensor]:
     """{name in the root: live tensor}: the sites' weights and biases; without sites every parameter and saved buffer.
+    Of a parameter that a site names by itself (nn.MultiheadAttention's), that one alone.
 
     A tied parameter stands under its first name.
     """
     if sites:
-        return {f"{s.path}.{n}": p for s in sites for n, p in s.module.named_parameters(recurse=False)}
+        whole = [s for s in sites if s.tensor == "weight"]
+        live = {f"{s.path}.{n}": p for s in whole for n, p in s.module.named_parameters(recurse=False)}
+        return live | {s.path: s.parameter for s in sites if s.tensor != "weight"}
     first: dict[int, str] = {}
     state = root.state_dict(keep_vars=True)
     for name, tensor in state.items():
@@ -101,7 +105,7 @@ class FullHandle(Dense):
 
     def base_weights(self) -> Iterator[tuple[str, list[int], Callable[[], Tensor]]]:
         for name, base in self.kept.base.items():
-            yield name, list(base.shape), lambda name=name: precise(self.kept.value(name))
+            yield name, list(base.shape), lambda name=name: precise(whole(self.kept.value(name)))
 
     def disabled(self) -> AbstractContextManager[None]:
         self._require_unmerged("disabled")
@@ -127,7 +131,7 @@ class FullHandle(Dense):
     def save(self, folder: str | Path) -> Path:
         from ..io import FILE, header_of, require_finite, write
 
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.named_tensors()}
+        tensors = {name: whole(t.detach()).cpu().contiguous() for name, t in self.named_tensors()}
         require_finite(tensors, "full")
         return write(tensors, header_of(self, whole=self.whole), Path(folder) / FILE)
 
@@ -201,8 +205,11 @@ def load(model: Any, file: Path, tensors: dict[str, Tensor], config: dict, name:
                 raise InputError(str(file), wrong, "load it into the model it was trained on")
             live[qualified(prefix, key)] = there
         modules = dict(root.named_modules())
-        paths = dict.fromkeys(key.rpartition(".")[0] for key in own)
-        found[component] = (root, [] if whole[prefix] else [Site(path, path, modules[path]) for path in paths])
+        raw = {key: modules[key.rpartition(".")[0]] for key in own if key.endswith("proj_weight")}
+        paths = dict.fromkeys(key.rpartition(".")[0] for key in own if key not in raw)
+        sites = [Site(path, path, modules[path]) for path in paths]
+        sites += [Site(key, key, module, tensor=key.rpartition(".")[2]) for key, module in raw.items()]
+        found[component] = (root, [] if whole[prefix] else sites)
     strange = tensors.keys() - live.keys()
     if strange:
         raise InputError(str(file), f"{len(strange)} tensors belong to no component: {min(strange)}", "copy it again")
