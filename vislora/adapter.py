@@ -221,7 +221,7 @@ class Adapter(Handle):
     def check_exportable(self, rank: int | None = None) -> None:
         from .export import check_exportable
 
-        check_exportable(self)
+        check_exportable(self, rank=rank)
 
     def export(self, folder: str | Path, format: str = "diffusers", rank: int | None = None) -> Path:
         """Write what stock tools load, squeezed to `rank` where that is smaller. Returns the file, PEFT's folder.
