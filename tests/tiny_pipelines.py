@@ -95,6 +95,9 @@ def build(family: str):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pipe = BUILD[family]()
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
@@ -14,6 +12,7 @@ from diffusers.loaders.single_file_utils import (
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
+from stock_loras import T5, TARGETS, agree, attach, deltas, dense, neutral, stock_deltas
 from tiny_pipelines import build
 
 import vislora
@@ -26,55 +25,6 @@ from vislora.formats.original import by_flat, named_in, parts_of, to_ldm, whole_
 from vislora.formats.vocabulary import flat, from_ldm
 from vislora.io import LORA_FILE
 from vislora.io import read as read_tensors
-
-# diffusers' own converters of Flux files take a width of 3072 for granted, so a tiny file stays off its single blocks;
-# its reader of text encoders in kohya's files goes by a file's having out_proj.
-TARGETS = {
-    "sdxl": {"unet": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"],
-             "text_encoder": ["q_proj", "out_proj", "fc1"], "text_encoder_2": ["v_proj", "out_proj", "fc2"]},
-    "sd3": {"transformer": "all-linear", "text_encoder": ["q_proj", "out_proj", "fc1"], "text_encoder_2": ["v_proj", "out_proj"]},
-    "flux": {"transformer": r"transformer_blocks\.0\..*(to_.|to_out\.0|add_._proj|to_add_out|linear|proj|net\.2)",
-             "text_encoder": ["q_proj", "out_proj", "fc1"]},
-}  # fmt: skip
-T5 = {"sd3": "text_encoder_3", "flux": "text_encoder_2"}
-
-
-def attach(pipe, family: str, method="lora", targets=None, **options):
-    """An adapter whose every layer does something."""
-    adapter = vislora.attach(pipe, method, targets=targets or TARGETS[family], **options)
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, p in adapter.named_tensors():
-            if p.requires_grad or (adapter.method.needs_prepare and p.dim() == 2):
-                p.add_(0.1 * torch.randn(p.shape, generator=g))
-    return adapter
-
-
-def neutral(pipe, name: str) -> str:
-    """A module's name as files have it."""
-    part, _, path = name.partition(".")
-    bare = part.startswith("text_encoder") and path.startswith("encoder.layers")
-    return f"{part}.text_model.{path}" if bare else name
-
-
-def stock_deltas(pipe) -> dict[str, torch.Tensor]:
-    return {
-        neutral(pipe, f"{part}.{name}"): module.get_delta_weight(next(iter(module.lora_A))).flatten(1)
-        for part, root in pipe.components.items() if isinstance(root, torch.nn.Module)
-        for name, module in root.named_modules() if isinstance(module, LoraLayer)
-    }  # fmt: skip
-
-
-def deltas(adapter, pipe) -> dict[str, torch.Tensor]:
-    return {neutral(pipe, name): delta.flatten(1) for name, delta in adapter.deltas().items() if delta.any()}
-
-
-def agree(a, b, tolerance=1e-5) -> bool:
-    return a.keys() == b.keys() and all((a[k] - b[k]).norm() <= tolerance * b[k].norm() for k in b)
-
-
-def dense(file) -> dict[str, torch.Tensor]:
-    return {la.name: (la.factors()[0] @ la.factors()[1]).float() for la in file.layers}
 
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
@@ -90,7 +40,7 @@ def test_stock_diffusers_reads_every_layer(name, format, tmp_path):
     again.detach()
     pipe.load_lora_weights(tmp_path, weight_name=file.name)
     loaded = stock_deltas(pipe)
-    if (name, format) == ("sd3", "kohya"):  # which stock diffusers takes for a file of other models, and reads nothing of
+    if (name, format) == ("sd3", "kohya"):  # of which stock diffusers reads nothing
         assert not any(key.startswith("transformer") for key in loaded)
         return
     if (name, format) == ("flux", "kohya"):  # whose converter forgets the pipeline's name before these
@@ -212,11 +162,6 @@ def run(pipe, ids) -> torch.Tensor:
 # ---- the original names, against stock converters of whole checkpoints
 
 
-def _checkpoint(layers: list[Layer], model: torch.nn.Module, tail: str) -> dict[str, torch.Tensor]:
-    """Updates seen by a probe, as the weights of an original checkpoint, and what else a converter asks for."""
-    return {f"{layer.path}.weight": layer.up @ (layer.down @ torch.ones(layer.shape[1], 1)) for layer in layers}
-
-
 def released(name: str) -> torch.nn.Module:
     """The released model's widths, with few blocks, without storage."""
     with torch.device("meta"):
@@ -245,12 +190,11 @@ def test_rows_go_where_stock_converters_of_checkpoints_take_them(name, tmp_path)
     layers = random_layers(model)
     wanted = {f"{la.path}.weight": (la.up * la.down.sum()).flatten() for la in layers}
     stored, _ = read_tensors(save(written(layers, "kohya", {}, tmp_path), layers)[0])
-    whole = {key.removeprefix("lora_unet_").removesuffix(".lora_up.weight"): up for key, up in stored.items() if "up" in key}
+    whole = {key[len("lora_unet_") :].removesuffix(".lora_up.weight"): up for key, up in stored.items() if "up" in key}
     weights = {}
     for key, up in whole.items():
         down = stored[f"lora_unet_{key}.lora_down.weight"]
         weights[f"{by_flat(name)[key]}.weight"] = (up * down.sum(1)).sum(1, keepdim=True)
-    names = {n for n, p in model.named_parameters() if p.dim() == 1}
     filler = Filler(weights)
     if name == "flux":
         found = convert_flux_transformer_checkpoint_to_diffusers(filler)
@@ -258,7 +202,6 @@ def test_rows_go_where_stock_converters_of_checkpoints_take_them(name, tmp_path)
         found = convert_sd3_transformer_checkpoint_to_diffusers(filler)
     for key, value in wanted.items():
         assert torch.allclose(found[key].flatten(), value, rtol=1e-4, atol=1e-3), key
-    assert names, "biases and norms are the filler's"
 
 
 class Filler(dict):
@@ -288,9 +231,10 @@ def test_stock_diffusers_splits_fluxs_single_blocks_alike(tmp_path):
 
 
 def comfy_sd3_keys(blocks: int) -> set[str]:
-    """What ComfyUI loads of an SD 3 file: "lora_unet_" before the name of a weight of its MMDiT, dots as underscores."""
+    """What ComfyUI loads of an SD3 file: "lora_unet_" before the name of a weight of its MMDiT, dots as underscores."""
     stream = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"]
-    names = [f"joint_blocks.{i}.{side}.{x}" for i in range(blocks) for side in ("x_block", "context_block") for x in stream]
+    sides = [f"joint_blocks.{i}.{side}" for i in range(blocks) for side in ("x_block", "context_block")]
+    names = [f"{side}.{leaf}" for side in sides for leaf in stream]
     names += [f"joint_blocks.{i}.x_block.attn2.{leaf}" for i in range(blocks) for leaf in ("qkv", "proj")]
     names += ["context_embedder", "x_embedder.proj", "final_layer.linear", "final_layer.adaLN_modulation.1"]
     names += [f"{side}_embedder.mlp.{i}" for side in "ty" for i in (0, 2)]
@@ -428,8 +372,7 @@ def test_a_pair_of_files(tmp_path, caplog):
 
 def test_names_of_the_tables_are_one_to_one():
     for name in ("sd3", "flux"):
-        assert len(by_flat(name)) == len(parts_of(name)) and len(whole_of(name)) == sum(map(len, parts_of(name).values()))
-        with_name = released(name)
-        own = [n for n, m in with_name.named_modules() if isinstance(m, torch.nn.Linear)]
+        assert len(by_flat(name)) == len(parts_of(name))
+        assert len(whole_of(name)) == sum(map(len, parts_of(name).values()))
+        own = [n for n, m in released(name).named_modules() if isinstance(m, torch.nn.Linear)]
         assert own and all(path in whole_of(name) for path in own)
-    assert json.dumps(sorted(whole_of("sd3")))  # strings throughout

@@ -75,7 +75,8 @@ class Base:
 
     def _find(self, component: str, path: str) -> tuple[safe_open, str]:
         """The opened file that holds a module's weight, and the weight's name in it."""
-        name, index = f"{path}.weight", self._index(component)
+        index = self._index(component)
+        name = path if path in index else f"{path}.weight"  # raw parameters go by their own names
         if name not in index:
             wrong = f"has no {component + ' ' if component else ''}weight {name}{near(name, index)}"
             raise InputError(f"--base {self.folder}", wrong, "give the base that the adapter was trained on")

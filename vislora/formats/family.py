@@ -43,7 +43,8 @@ FAMILIES = {
 _SAID = sorted(
     [(word.architecture, name) for name, word in FAMILIES.items()]
     + [(word.version, name) for name, word in FAMILIES.items() if name != "flux-schnell"]
-    + [("stable-diffusion-3", "sd3"), ("sd3", "sd3"), ("flux", "flux"), ("stable-diffusion-xl", "sdxl"), ("sdxl", "sdxl")],
+    + [("stable-diffusion-3", "sd3"), ("sd3", "sd3"), ("flux", "flux")]
+    + [("stable-diffusion-xl", "sdxl"), ("sdxl", "sdxl")],
     key=lambda pair: -len(pair[0]),
 )  # fmt: skip
 _CLASSES = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
