@@ -28,15 +28,14 @@ def kept(module: nn.Module, tensor: str) -> Tensor | None:
 
 def _accelerates(hook: Any) -> Iterator[Any]:
     """The hook, or those in it."""
-    for inner in getattr(hook, "hooks", [hook]):
-        yield inner
+    yield from getattr(hook, "hooks", [hook])
 
 
 def require_weights(root: nn.Module, what: str) -> None:
     """Raise InputError if weights of a model are where `what` cannot write them (or read them, from a disk)."""
     for name, module in root.named_modules():
-        away = any(getattr(hook, "weights_map", None) is not None for hook in _accelerates(vars(module).get("_hf_hook")))
-        if away or _group(module) is not None:
+        hooks = _accelerates(vars(module).get("_hf_hook"))
+        if any(getattr(hook, "weights_map", None) is not None for hook in hooks) or _group(module) is not None:
             raise InputError(what, f"{name or type(root).__name__} is offloaded", _REMEDY)
 
 

@@ -33,7 +33,8 @@ class RootHook:
         if not self.part.prepared and module.training and torch.is_grad_enabled():
             wrong = f"{self.part.adapter_name!r} starts from data that it has not seen"
             raise InputError("prepare", wrong, "call adapter.bind, then adapter.prepare(closure), before training")
-        if "magnitude" in self.part.method.roles.values() and (is_hooked(module) or is_hooked(self.part.sites[0].module)):
+        hooked = is_hooked(module) or is_hooked(self.part.sites[0].module)
+        if hooked and "magnitude" in self.part.method.roles.values():
             require_readable(module, self.part.adapter_name)
         if is_hooked(module):
             self.part.defer(_call_scale(kwargs))
