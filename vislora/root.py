@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 from .errors import InputError
 from .layer import is_read
@@ -40,15 +41,18 @@ class RootHook:
             self.part.defer(_call_scale(kwargs))
         else:
             self.part.refresh(_call_scale(kwargs))
-        self.part.called.clear()
+        if not is_compiling():
+            self.part.called.clear()
         self.part.inside = True
 
     def leave(self, module: nn.Module, args: tuple, output) -> None:
         """The forward has ended, by an exception too."""
         self.part.inside = False
+        if is_compiling():  # what a graph leaves behind is an output of it, and an input of the next call
+            self.part.clear()
 
     def after(self, module: nn.Module, args: tuple, output) -> None:
-        if self.checked or not module.training or not torch.is_grad_enabled() or not self.part.active:
+        if is_compiling() or self.checked or not module.training or not torch.is_grad_enabled() or not self.part.active:
             return
         self.checked = True
         missed = [s.name for s in self.part.sites if s.module not in self.part.called and not self.part.is_merged(s)]

@@ -54,7 +54,7 @@ class Tap:
 
     def _delta(self, part: Part, x: Tensor, output: Tensor) -> Tensor:
         """One part's share, like output: its row blocks laid out over the module's outputs, zeros between."""
-        part.called.add(self.module)
+        part.saw(self.module)
         dropout = part.method.input_dropout if self.module.training else 0.0
         strength, layer = part.strength, layer_of(self.module)
         blocks, at = [], 0
@@ -146,7 +146,7 @@ class ReadTap(Tap):
         total = weight
         with without_autocast(weight.device):
             for part in self._active():
-                part.called.add(self.module)
+                part.saw(self.module)
                 delta = self._laid_out(part, weight)
                 total = (total.to(delta.dtype) + delta).to(weight.dtype)
         return total
