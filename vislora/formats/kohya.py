@@ -40,6 +40,7 @@ _ROLES = {
     "lora_down.weight": "down", "lora_A.weight": "down", "lora_up.weight": "up", "lora_B.weight": "up",
     "alpha": "alpha", "dora_scale": "magnitude",
 }  # fmt: skip
+_ORIGINAL = "lora_unet"  # of layers that bear an original checkpoint's names yet
 _COMPONENTS = {"lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2"}
 
 
@@ -73,9 +74,6 @@ def read(file: Path, stored: Stored, base: Modules | None = None) -> LoraFile:
         layers = [layer for layer in layers if layer.component != _ORIGINAL]
         layers += split(file, [replace(layer, component="transformer") for layer in whole], family)
     return LoraFile(file, "kohya", layers, {"": stored})
-
-
-_ORIGINAL = "transformer, original names"
 
 
 def _family(matches: Iterable[re.Match], header: Mapping[str, str]) -> str | None:
