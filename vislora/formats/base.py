@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import InputError, near
 from ..linalg import precise
 from .lora import COMPONENTS, Layer, Names, neutral_path
+from .renamed import module_names
 
 _SLICE = re.compile(r"(?P<path>.+)\[(?P<which>[qkv])\]")  # a third of a fused projection's rows
 _FINGERPRINT = 16  # weights
@@ -112,11 +113,13 @@ class Base:
         part, index = _SLICE.fullmatch(path), self._index(component)
         path = part["path"] if part else path
         name = path if path in index else f"{path}.weight"  # raw parameters go by their own names
+        if name not in index and self._alone and not self.is_file:
+            by_file = {entry[1]: entry for entry in index.values()}
+            names = module_names(self.folder, by_file)
+            index |= {neutral_path(component, new): by_file[stored] for new, stored in names.items()}
         if name not in index:
             wrong = f"has no {component + ' ' if component else ''}weight {name}{near(name, index)}"
             remedy = "give the base that the adapter was trained on"
-            if self._alone:  # transformers renames the weights of some models as it loads them
-                remedy += ", or merge the loaded model: adapter.detach(merge=True), model.save_pretrained"
             raise InputError(f"--base {self.folder}", wrong, remedy)
         return index[name]
 
