@@ -18,7 +18,7 @@ from .handle import Handle
 from .offload import require_weights
 from .part import Part
 from .quantized import is_quantized
-from .root import RootHook, install, part_holder, require_float_weights, require_untied, uninstall
+from .root import RootHook, install, part_holder, parts_of, require_float_weights, require_untied, uninstall
 from .site import Site, qualified
 from .tap import taps_of
 from .update import Update
@@ -177,14 +177,24 @@ class Adapter(Handle):
             require_float_weights(part)
             require_weights(self.roots[component], "merge")
             require_untied(self.roots[component], part)
-        for part in self.parts.values():
-            for tap in taps_of(part):
-                tap.merge(part)
+        with self._updates_held():
+            for part in self.parts.values():
+                for tap in taps_of(part):
+                    tap.merge(part)
 
     def _unfold(self) -> None:
-        for part in self.parts.values():
-            for tap in taps_of(part):
-                tap.unmerge(part)
+        with self._updates_held():
+            for part in self.parts.values():
+                for tap in taps_of(part):
+                    tap.unmerge(part)
+
+    @contextlib.contextmanager
+    def _updates_held(self):
+        """Inside, no parameter changes: neither this adapter's nor, since merged ones are summed, another's."""
+        with contextlib.ExitStack() as stack:
+            for part in dict.fromkeys(part for root in self.roots.values() for part in parts_of(root)):
+                stack.enter_context(part.held())
+            yield
 
     def detach(self, merge: bool = False) -> None:
         """Remove the adapter. merge=False: the base model bit for bit. True: the delta stays in the weights."""
@@ -196,7 +206,8 @@ class Adapter(Handle):
             self._step_hook.remove()
         for hook in self._hooks:
             hook.remove()
-        lost = max(tap.keep(part) for part in self.parts.values() for tap in taps_of(part)) if merge else 0.0
+        with self._updates_held():
+            lost = max(tap.keep(part) for part in self.parts.values() for tap in taps_of(part)) if merge else 0.0
         if lost > 0.1:
             words = "merging lost %.0f %% of a delta to the weights' precision -> merge into a float32 copy"
             log.warning(words, 100 * lost)

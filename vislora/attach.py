@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .adapters import Method, get
 from .baselines import BASELINES, Baseline
+from .distributed import is_sharded
 from .errors import InputError, near
 from .handle import Handle, require_free
 from .layer import is_read
@@ -88,10 +89,18 @@ def build(
         if f"vislora_{name}" in part_holder(root, sites[0].module)._modules:
             wrong = f"{name!r} is taken on this model"
             raise InputError("name", wrong, "give another name=, or detach that adapter first")
+        _require_unsharded(root)
         _require_inputs(method, sites)
     shared = shared_tensors(method, found, seed)
     parts = {c: (root, Part(root, sites, method, tensors[c], shared, name)) for c, (root, sites) in found.items()}
     return Adapter(name, method_name, method, parts, seed)
+
+
+def _require_unsharded(root: nn.Module) -> None:
+    """Raise InputError for a model that is in shards, since what is added to it later would be in none."""
+    if any(is_sharded(parameter) for parameter in root.parameters()):
+        wrong = f"{type(root).__name__} is in shards already"
+        raise InputError("attach", wrong, "attach first, then fully_shard the model")
 
 
 def _require_inputs(method: Method, sites: list[Site]) -> None:

@@ -5,6 +5,8 @@ They are those of torch.distributed's default group. With one process, or none s
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 from torch import distributed as group
@@ -27,11 +29,65 @@ def mean(tensor: Tensor, device: torch.device) -> Tensor:
     return (total / processes()).to(tensor.device)
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether `fully_shard`, or another user of DTensor, holds it in shards. DTensor takes seconds to import, and where
+    nothing has imported it no tensor can be one."""
+    library = sys.modules.get("torch.distributed.tensor")
+    return library is not None and isinstance(tensor, library.DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that `fully_shard` holds in shards, gathered; others as they are. A collective of the mesh.
+
+    The gradient that a shard gets is the mean over the processes, as of parameters that the model itself gathers.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import Partial, Replicate
+
+    every = [Replicate()] * tensor.device_mesh.ndim
+    gathered = tensor.redistribute(placements=every)
+    if not tensor.requires_grad or not torch.is_grad_enabled():
+        return gathered.to_local()
+    local = gathered.to_local(grad_placements=[Partial()] * tensor.device_mesh.ndim)
+    return _Shared.apply(local, tensor.device_mesh.size())
+
+
+class _Shared(torch.autograd.Function):
+    """The identity, whose gradient is one process's share of a mean over `count`."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, count: int) -> Tensor:
+        ctx.count = count
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient / ctx.count, None
+
+
+def as_sharded(value: Tensor, like: Tensor) -> Tensor:
+    """A whole `value`, equal on all processes, in the shards that `like` is in, if it is in any."""
+    if not is_sharded(like):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def overwrite(tensor: Tensor, value: Tensor) -> None:
+    """Give `tensor`, sharded or not, the first process's `value`, whole, in place.
+
+    What comes from an SVD or a QR differs between devices: in signs, and in bases of equal values.
+    """
+    value = value.detach().to(tensor.device, tensor.dtype, copy=True)
+    from_first(value)
+    tensor.copy_(as_sharded(value, tensor))
+
+
 @torch.no_grad()
 def from_first(tensor: Tensor) -> None:
-    """Overwrite `tensor` with the first process's, in place.
-
-    What comes from an SVD or a QR needs it: signs, and bases of equal values, may differ between devices.
-    """
+    """Overwrite `tensor` with the first process's, in place."""
     if processes() > 1:
         group.broadcast(tensor.detach(), src=0)

@@ -19,6 +19,7 @@ from .adapter import Adapter
 from .adapters import Method, get
 from .attach import build, components, shared_tensors
 from .baselines import full
+from .distributed import whole
 from .errors import EnvironmentFault, InputError, near
 from .fit import place, require_base
 from .handle import Handle
@@ -37,9 +38,12 @@ _FORMAT = 1
 
 
 def save(adapter: Adapter, folder: Path) -> Path:
-    """Write folder/adapter.safetensors: every tensor as "<site>.<tensor>", the configuration in the header."""
+    """Write folder/adapter.safetensors: every tensor as "<site>.<tensor>", the configuration in the header.
+
+    Of a model in shards every process must call it.
+    """
     header = header_of(adapter, components=list(adapter.parts), tensors=_kinds(adapter), kernels=_kernels(adapter))
-    tensors = {name: t.detach().cpu().contiguous() for name, t in adapter.named_tensors()}
+    tensors = {name: whole(t.detach()).cpu().contiguous() for name, t in adapter.named_tensors()}
     require_finite(tensors, "adapter")
     return write(tensors, header, folder / FILE)
 

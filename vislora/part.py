@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .adapters import Method
+from .distributed import whole
 from .errors import InputError
 from .linalg import without_autocast
 from .offload import is_hooked
@@ -74,11 +76,13 @@ class Part(nn.Module):
             self.store[site.name.replace(".", "/")] = held.double() if weight.dtype == torch.float64 else held
         self.adapter_weight, self.call_scale, self.disabled = 1.0, 1.0, 0
         self.called: set[nn.Module] = set()
+        self.compiled = False  # graphs were made of adapted modules, which take no such notes
         self.inside = False  # the root's own forward is running, for which the updates were just computed
         self.prepared = not method.needs_prepare
         self.frozen: list[nn.Parameter] = []  # what attach froze, to be given back at detach
         self._updates: dict[nn.Module, list[tuple[Site, Update]]] | None = None
-        self._made: tuple = ()
+        self._with_graph = False  # whether those updates can be differentiated
+        self._versions: tuple = ()  # of the parameters that they were made from
 
     @property
     def active(self) -> bool:
@@ -94,7 +98,8 @@ class Part(nn.Module):
 
     def tensors_of(self, site: Site) -> SimpleNamespace:
         """One site's tensors as the method sees them: its own and its share of the common ones."""
-        return SimpleNamespace(**self.method.share_of(self.common.all(), site), **self.own_tensors(site))
+        own = {name: whole(tensor) for name, tensor in self.own_tensors(site).items()}
+        return SimpleNamespace(**self.method.share_of(self.common.all(), site), **own)
 
     def forward(self) -> list[Update]:
         """One Update for each site, in the order of `sites`; differentiable."""
@@ -131,31 +136,46 @@ class Part(nn.Module):
     def refresh(self, call_scale: float = 1.0) -> None:
         """Compute the updates for the coming forward, unless those at hand are of the same parameters."""
         self.call_scale = call_scale
-        if not self.active:
-            return
-        if is_compiling() or torch.is_grad_enabled() or self._updates is None or self._made != self._version():
+        if self.active:
+            self._renew()
+
+    def _renew(self) -> None:
+        if is_compiling() or torch.is_grad_enabled() or self._updates is None or self._with_graph:
             self._compute()
+        elif self._versions != self._version():
+            self._compute()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, the updates are those of the parameters as they are on entering, and no tap compares them again."""
+        with torch.no_grad():
+            self._renew()
+        self.inside = True
+        try:
+            yield
+        finally:
+            self.inside = False
 
     def _compute(self) -> None:
         # Through __call__, because sharding libraries hang their hooks there.
         made: dict[nn.Module, list[tuple[Site, Update]]] = {}
         for site, update in zip(self.sites, self(), strict=True):
             made.setdefault(site.module, []).append((site, update))
-        self._updates, self._made = made, self._version()
+        self._updates, self._with_graph = made, torch.is_grad_enabled()
+        if not is_compiling():  # a graph that knew of versions would be compiled anew at every step
+            self._versions = self._version()
 
     def _version(self) -> tuple:
-        if is_compiling():  # a graph that knew of versions would be compiled anew at every step
-            return (torch.is_grad_enabled(),)
-        return torch.is_grad_enabled(), *((t.data_ptr(), t._version) for t in self.parameters())
+        return tuple((t.data_ptr(), t._version) for t in self.parameters())
 
     def updates_of(self, module: nn.Module, tensor: str) -> list[tuple[Site, Update]]:
         """The updates of one weight. Computed now where the root was bypassed and those at hand do not fit."""
         if is_compiling() and not self.inside:  # nothing may stay behind in a graph of a part of the model
             own = [site for site in self.sites if site.key == (module, tensor)]
             return [(site, self._of(site, self.method.factors(self.tensors_of(site)))) for site in own]
-        stale = self._updates is None or (torch.is_grad_enabled() and not self._made[0])
+        stale = self._updates is None or (torch.is_grad_enabled() and not self._with_graph)
         # Comparing every parameter's version at every tap would cost the square of the number of layers.
-        if stale or (not self.inside and self._made[1:] != self._version()[1:]):
+        if stale or (not self.inside and self._versions != self._version()):
             self._compute()
         return [(site, update) for site, update in self._updates[module] if site.tensor == tensor]
 
@@ -164,8 +184,10 @@ class Part(nn.Module):
         self.call_scale, self._updates = call_scale, None
 
     def saw(self, module: nn.Module) -> None:
-        """Note that the running forward reached an adapted module; a compiled one takes no notes."""
-        if not is_compiling():
+        """Note that the running forward reached an adapted module. A graph that read its notes would be made anew."""
+        if is_compiling():
+            self.compiled = True
+        else:
             self.called.add(module)
 
     def clear(self) -> None:
@@ -177,4 +199,4 @@ class Part(nn.Module):
 
     def __getstate__(self) -> dict:
         # Computed updates are graph nodes: they cannot be copied, and a copy makes its own.
-        return {**self.__dict__, "_updates": None, "_made": (), "called": set(), "inside": False}
+        return {**self.__dict__, "_updates": None, "_versions": (), "called": set(), "inside": False}

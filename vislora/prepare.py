@@ -32,9 +32,14 @@ def weight_gradients(
     all weights, the adapter's gradients and the global random state are what they were.
     Of a quantized weight it is the gradient of the weight that it stands for. Of several processes, each with a loss
     of its own, it is the gradient of their mean; DDP leaves that of frozen weights alone.
-    Raises InputError for layers that the loss does not reach, on every process if it is so on one.
+    Raises InputError for a model in shards, and for layers that the loss does not reach, on every process if it is so
+    on one.
     """
     weights = {site.key: site for part in adapter.parts.values() for site in part.sites}
+    for site in weights.values():
+        if distributed.is_sharded(site.parameter):
+            wrong = f"the weight of {site.name} is in shards, whose gradient is not at hand"
+            raise InputError("prepare", wrong, "call adapter.prepare before fully_shard")
     sums: dict[Key, Tensor] = {}
     with _watched(weights.values(), sums), torch.random.fork_rng(_devices(weights.values())):
         for _ in range(calls):
@@ -161,5 +166,4 @@ def assign(part: Part, site: Site, tensors: dict[str, Tensor]) -> None:
     """Overwrite some of a site's own tensors in place, on every process with the first one's."""
     own = part.own_tensors(site)
     for name, value in tensors.items():
-        own[name].copy_(value)
-        distributed.from_first(own[name])
+        distributed.overwrite(own[name], value)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 
+from .distributed import is_sharded
 from .errors import InputError
 from .layer import is_read
 from .offload import is_hooked, require_readable
@@ -52,7 +53,9 @@ class RootHook:
             self.part.clear()
 
     def after(self, module: nn.Module, args: tuple, output) -> None:
-        if is_compiling() or self.checked or not module.training or not torch.is_grad_enabled() or not self.part.active:
+        if is_compiling() or self.part.compiled or self.checked or not self.part.active:
+            return
+        if not module.training or not torch.is_grad_enabled():
             return
         self.checked = True
         missed = [s.name for s in self.part.sites if s.module not in self.part.called and not self.part.is_merged(s)]
@@ -81,8 +84,11 @@ def part_holder(root: nn.Module, first: nn.Module) -> nn.Module:
 
 
 def require_float_weights(part: Part) -> None:
-    """Raise InputError if an adapted weight is quantized: rounding it anew would lose the delta."""
+    """Raise InputError if an adapted weight is quantized, since rounding it anew would lose the delta, or in shards."""
     for site in part.sites:
+        if is_sharded(site.parameter):
+            remedy = "save the adapter, load it into a whole copy of the model and merge there"
+            raise InputError("merge", f"the weight of {site.name} is in shards", remedy)
         if is_quantized(site.module):
             wrong = f"the weight of {site.name} is quantized ({type(site.module).__name__})"
             raise InputError("merge", wrong, "load the base in bf16 or fp32 and the adapter into it, then merge")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reading
+from .distributed import is_sharded, whole
 from .layer import layer_of
 from .linalg import without_autocast
 from .offload import is_hooked, kept
@@ -142,7 +143,12 @@ class ReadTap(Tap):
         reading.take(self.module, self.tensor)
 
     def adapted(self, weight: Tensor) -> Tensor:
-        """The weight (out, ...) with the deltas, in its own dtype; summed in float32 or float64."""
+        """The weight (out, ...) with the deltas, in its own dtype; summed in float32 or float64.
+
+        Shards are left as they are: their owner looks after them, and gathers them before a forward reads the weight.
+        """
+        if is_sharded(weight):
+            return weight
         total = weight
         with without_autocast(weight.device):
             for part in self._active():
@@ -190,4 +196,4 @@ def base_weight(module: nn.Module, tensor: str = "weight") -> Tensor:
     if is_quantized(module):
         return dequantized(module)
     weight = (getattr(module, tensor) if tap is None else module._parameters[tensor]).detach()
-    return kept(module, tensor) if weight.is_meta and kept(module, tensor) is not None else weight
+    return kept(module, tensor) if weight.is_meta and kept(module, tensor) is not None else whole(weight)

@@ -81,16 +81,18 @@ class Update:
         bias: Tensor | None,
         strength: float,
         dropout: float = 0.0,
-        layer: Matrix = MATRIX,
+        layer: Matrix | None = None,
     ) -> Tensor:
         """What `layer` would make of x with the weight strength * dW and no bias, x @ dW^T for a linear one.
 
-        x: its inputs; base: what the frozen layer made of x; dropout: on the inputs of the low-rank part.
+        x: its inputs; base: what the frozen layer made of x; dropout: on the inputs of the low-rank part; layer: None
+        for a linear one.
 
         Factors are cast to x's dtype (r * (m + n) numbers), never the activations to the factors'.
         The two products of a residual start are subtracted before anything is added to `base`, so that
         the sum is exactly zero at the start in every precision.
         """
+        layer = MATRIX if layer is None else layer
         inner = F.dropout(x, dropout) if dropout else x
         delta = self._product(inner, layer)
         if self.row_scale is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import linalg
+from ..distributed import as_sharded, whole
 from ..update import Update
 from ._method import Method, require, require_fit, require_rank
 
@@ -107,17 +108,17 @@ class AdaLoRA(Method):
             threshold = scores.flatten().kthvalue(scores.numel() - keep).values
             for t, score in zip(sites, scores, strict=True):
                 t.kept.copy_(score > threshold)
-                t.E.mul_(t.kept)  # until the last phase it may grow back and be chosen again
+                t.E.mul_(as_sharded(t.kept, t.E))  # until the last phase it may grow back and be chosen again
         elif step > last:
             for t in sites:
-                t.E.mul_(t.kept)
+                t.E.mul_(as_sharded(t.kept, t.E))
 
     def _score(self, t: SimpleNamespace) -> Tensor:
         """Importance of each triplet (start_rank,), equations 7 to 10, with this step's gradients in the averages."""
         smooth = {}
         for name in _TRAINED:
             value, importance, variation = (getattr(t, f"{name}{tail}") for tail in ("", "_importance", "_variation"))
-            now = (value * value.grad).abs()
+            now = whole(value * value.grad).abs()
             importance.lerp_(now, 1 - self.beta1)
             variation.lerp_((now - importance).abs(), 1 - self.beta2)
             smooth[name] = importance * variation
