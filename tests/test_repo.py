@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-
 import vislora
 from vislora.adapters import get
 from vislora.adapters._table import fill
@@ -22,12 +20,15 @@ def test_readme_has_both_commands_on_its_first_screen():
     assert 'pip install -e ".[dev]" && pytest' in first
 
 
-@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.S))
-def test_readme_snippets_run(snippet, tmp_path, monkeypatch):
+def test_readme_snippets_run(tmp_path, monkeypatch):
+    """One after another, in one folder, as a reader would."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "assets").symlink_to(REPOSITORY / "assets")
-    exec(compile(snippet, "README.md", "exec"), {})
-    assert (tmp_path / "out/adapter/adapter.safetensors").is_file()
+    snippets = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(snippets) == 3
+    for snippet, left in zip(snippets, ("adapter/adapter.safetensors", "bird.png", "merged/unet"), strict=True):
+        exec(compile(snippet, "README.md", "exec"), {})
+        assert (tmp_path / "out" / left).exists()
 
 
 def test_readme_table_is_current():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .adapters import Method
 from .errors import InputError
 from .handle import Handle
+from .offload import require_weights
 from .part import Part
 from .quantized import is_quantized
 from .root import RootHook, install, part_holder, parts_of, require_float_weights, require_untied, uninstall
@@ -125,7 +126,7 @@ class Adapter(Handle):
             for site, update in zip(part.sites, part(), strict=True):
                 key = qualified(component, site.path)
                 if key not in out:
-                    out[key] = torch.zeros(site.shape, device=site.parameter.device)
+                    out[key] = torch.zeros(site.shape, device=update.up.device)
                 rows = slice(None) if site.rows is None else site.rows
                 out[key].flatten(1)[rows] += part.adapter_weight * update.dense(site.weight()).float()
         return out
@@ -174,6 +175,7 @@ class Adapter(Handle):
     def _fold(self) -> None:
         for component, part in self.parts.items():
             require_float_weights(part)
+            require_weights(self.roots[component], "merge")
             require_untied(self.roots[component], part)
         with self._updates_held():
             for part in self.parts.values():
@@ -224,7 +226,7 @@ class Adapter(Handle):
     def check_exportable(self, rank: int | None = None) -> None:
         from .export import check_exportable
 
-        check_exportable(self)
+        check_exportable(self, rank=rank)
 
     def export(self, folder: str | Path, format: str = "diffusers", rank: int | None = None) -> Path:
         """Write what stock tools load, squeezed to `rank` where that is smaller. Returns the file, PEFT's folder.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -12,7 +12,9 @@ from torch.compiler import is_compiling
 
 from .adapters import Method
 from .distributed import whole
+from .errors import InputError
 from .linalg import without_autocast
+from .offload import is_hooked
 from .site import Site
 from .tap import tap_of
 from .update import Update
@@ -33,7 +35,17 @@ class SiteTensors(nn.Module):
                 self.register_buffer(name, tensor)
 
     def all(self) -> dict[str, Tensor]:
-        return {**self._parameters, **self._buffers}
+        """By a call where offloading hooks bring the tensors here and take them away; views of them stay."""
+        return self() if is_hooked(self) else {**self._parameters, **self._buffers}
+
+    def forward(self) -> dict[str, Tensor]:
+        return {name: t.view_as(t) for name, t in {**self._parameters, **self._buffers}.items()}
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> nn.Module:
+        # How diffusers' fuse_lora walks a model; it would leave the adapter out without a word.
+        if getattr(getattr(fn, "func", fn), "__name__", "") == "_fuse_lora_apply":
+            raise InputError("fuse_lora", "knows nothing of vislora's adapters", "call adapter.merge()")
+        return super().apply(fn)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # A checkpoint of the base alone loads strictly into the adapted model.
@@ -166,6 +178,10 @@ class Part(nn.Module):
         if stale or (not self.inside and self._versions != self._version()):
             self._compute()
         return [(site, update) for site, update in self._updates[module] if site.tensor == tensor]
+
+    def defer(self, call_scale: float = 1.0) -> None:
+        """Leave the updates of the coming forward to its first tap: inside it offloaded tensors are at hand."""
+        self.call_scale, self._updates = call_scale, None
 
     def saw(self, module: nn.Module) -> None:
         """Note that the running forward reached an adapted module. A graph that read its notes would be made anew."""

@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 from .distributed import is_sharded
 from .errors import InputError
 from .layer import is_read
+from .offload import is_hooked, require_readable
 from .quantized import is_quantized
 from .tap import ReadTap, Tap, tap_of, taps_of
 
@@ -34,7 +35,13 @@ class RootHook:
         if not self.part.prepared and module.training and torch.is_grad_enabled():
             wrong = f"{self.part.adapter_name!r} starts from data that it has not seen"
             raise InputError("prepare", wrong, "call adapter.bind, then adapter.prepare(closure), before training")
-        self.part.refresh(_call_scale(kwargs))
+        hooked = is_hooked(module) or is_hooked(self.part.sites[0].module)
+        if hooked and "magnitude" in self.part.method.roles.values():
+            require_readable(module, self.part.adapter_name)
+        if is_hooked(module):
+            self.part.defer(_call_scale(kwargs))
+        else:
+            self.part.refresh(_call_scale(kwargs))
         if not is_compiling():
             self.part.called.clear()
         self.part.inside = True

@@ -16,6 +16,7 @@ from . import reading
 from .distributed import is_sharded, whole
 from .layer import layer_of
 from .linalg import without_autocast
+from .offload import is_hooked, kept
 from .quantized import dequantized, is_quantized
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Tap:
         strength, layer = part.strength, layer_of(self.module)
         blocks, at = [], 0
         bias, updates, frozen = self.module.bias, part.updates_of(self.module, self.tensor), output
+        if bias is not None and is_hooked(self.module):  # by now it may be gone again
+            bias = (kept(self.module, "bias") if bias.is_meta else bias).to(output.device)
         if self.base is not None and any(update.row_scale is not None for _, update in updates):
             # A magnitude scales what the base makes of x, and `output` holds another adapter's merged delta.
             frozen = layer.whole(x, self.base, bias)
@@ -192,4 +195,5 @@ def base_weight(module: nn.Module, tensor: str = "weight") -> Tensor:
         return tap.base
     if is_quantized(module):
         return dequantized(module)
-    return whole((getattr(module, tensor) if tap is None else module._parameters[tensor]).detach())
+    weight = (getattr(module, tensor) if tap is None else module._parameters[tensor]).detach()
+    return kept(module, tensor) if weight.is_meta and kept(module, tensor) is not None else whole(weight)

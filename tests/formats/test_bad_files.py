@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import struct
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from lora_files import layers
 from safetensors.torch import save_file
+from tiny_sd import tiny_sd
 
 import vislora
 from vislora.cli import main
+from vislora.errors import InputError
 from vislora.formats import read, save, written
 from vislora.io import LORA_FILE
 from vislora.io import read as read_tensors
@@ -147,7 +151,9 @@ CASES = {
     "A17 PEFT's without its configuration": (
         lambda d: diffusers_file(d, rename=("unet.", "base_model.model.")), "without its adapter_config.json",
     ),
-    "A17 kohya's T5": (lambda d: [save_file({"lora_te3_a.lora_up.weight": one}, d / LORA_FILE), d][1], "no key of"),
+    "A17 kohya's T5": (
+        lambda d: [save_file({"lora_te3_a.lora_up.weight": one}, d / LORA_FILE), d][1], "a is no module of",
+    ),
     "A18 newer": (lambda d: own_file(d, lambda t, c: c.update({"format": 99})), "format 99.*update vislora"),
     "A18 all else unknown": (lambda d: own_file(d, lambda t, c: [c.clear(), c.update({"format": 2})]), "format 2"),
     "header without parts": (lambda d: own_file(d, lambda t, c: c.pop("base")), "damaged header"),
@@ -211,3 +217,91 @@ def test_markup_in_names_is_text(tmp_path, capsys):
     save_file({f"unet.[red]x[/].{key}": t for key, t in pair.items()}, tmp_path / LORA_FILE)
     main(["inspect", str(tmp_path)])
     assert "unet.[red]x[/]" in capsys.readouterr().out
+
+
+# ---- what shows only beside a base or a model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_sd(tmp_path_factory.mktemp("model"))
+
+
+def saved(model, folder, format=None):
+    """An adapter of the pipeline in `model`, and the pipeline."""
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None, feature_extractor=None)
+    targets = {"unet": ["to_q"], "text_encoder": ["q_proj"]}
+    adapter = vislora.attach(pipe, "nb_lora", targets=targets, rank=2, p=2, delta=1.0)
+    with torch.no_grad():
+        for i, p in enumerate(adapter.parameters()):
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    path = adapter.export(folder, format) if format else adapter.save(folder)
+    adapter.detach()
+    return pipe, path
+
+
+@pytest.mark.parametrize("format", [None, "diffusers", "kohya"])
+def test_a12_right_shapes_of_another_base(format, model, tmp_path, capsys):
+    _, path = saved(model, tmp_path / "a", format)
+    other = tiny_sd(tmp_path / "other", seed=5)
+    capsys.readouterr()
+    for command in (["inspect", path], ["merge", path, "-o", tmp_path / "out"],
+                    ["bound", path, "--delta_ratio", 0.1, "-o", tmp_path / "out"]):  # fmt: skip
+        assert "was trained on another base" in refused(capsys, *command, "--base", other)
+    pipe = StableDiffusionPipeline.from_pretrained(other, safety_checker=None, feature_extractor=None)
+    if format is None:
+        with pytest.raises(InputError, match="was trained on another base"):
+            vislora.load(pipe, path)
+        assert vislora.load(pipe, path, allow_other_base=True).sites
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_a08_and_a09_layers_missing_and_too_many(format, model, tmp_path, capsys):
+    """A file of other tools does not say which layers it should have; the certificate does, and the model does."""
+    pipe, path = saved(model, tmp_path, format)
+    tensors, header = read_tensors(path)
+    first = re.split(r"\.(?:lora|alpha)", min(tensors))[0]
+    save_file({k: t for k, t in tensors.items() if not k.startswith(first)}, path, metadata=header)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(path)])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "layers are in the file or in the certificate alone" in err
+    unet = "unet.up_blocks.3.resnets.0.conv1" if format == "diffusers" else "lora_unet_up_blocks_3_resnets_0_conv1"
+    names = ("lora_A", "lora_B") if format == "diffusers" else ("lora_down", "lora_up")
+    more = {f"{unet}.{names[0]}.weight": torch.ones(2, 4, 3, 3), f"{unet}.{names[1]}.weight": torch.ones(4, 2, 1, 1)}
+    save_file({**tensors, **more}, path, metadata=header)
+    with pytest.raises(InputError, match=r"1 of its \d+ layers are not in UNet2DConditionModel: up_blocks.3"):
+        vislora.load(pipe, path)
+
+
+def test_a19_a_base_of_which_a_part_is_missing(model, tmp_path, capsys):
+    _, path = saved(model, tmp_path / "a")
+    capsys.readouterr()
+    part = tmp_path / "part"
+    shutil.copytree(model, part)
+    shutil.rmtree(part / "text_encoder")
+    assert "has no text_encoder" in refused(capsys, "inspect", path, "--base", part)
+    assert "has no text_encoder" in refused(capsys, "merge", path, "--base", part, "-o", tmp_path / "out")
+    sharded = tmp_path / "sharded"
+    shutil.copytree(model, sharded)
+    shutil.rmtree(sharded / "unet")
+    StableDiffusionPipeline.from_pretrained(model, safety_checker=None, feature_extractor=None).unet.save_pretrained(
+        sharded / "unet", max_shard_size="200KB"
+    )
+    capsys.readouterr()
+    shard = sorted((sharded / "unet").glob("*.safetensors"))[0]
+    whole = shard.read_bytes()
+    shard.unlink()
+    assert f"lacks the shard {shard.name}" in refused(capsys, "inspect", path, "--base", sharded)
+    shard.write_bytes(whole[:-10])
+    assert "no whole safetensors" in refused(capsys, "merge", path, "--base", sharded, "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_number_of_the_catalogue_is_here():
+    numbers = {case[:3] for case in CASES if case.startswith("A")} | {
+        number.upper() for name, test in globals().items() if name.startswith("test_")
+        for number in re.findall(r"\ba\d\d\b", name.replace("_", " ") + " " + (test.__doc__ or "").lower())
+    }  # fmt: skip
+    assert numbers == {f"A{i:02}" for i in range(1, 21)}

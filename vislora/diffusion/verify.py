@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from vislora.baselines.full import FullHandle
 from vislora.errors import EnvironmentFault
-from vislora.export import component_name
+from vislora.export import component_name, squeezed_for
 from vislora.handle import Handle
 from vislora.io import LORA_FILE
 from vislora.site import Site
-from vislora.squeeze import squeeze
 from vislora.tap import base_weight
 from vislora.update import Update
 
@@ -41,7 +40,7 @@ def exported_error(
         return max(_component_error(root, folder / component_name(c, root)) for c, root in adapter.roots.items())
     if not (folder / LORA_FILE).is_file():
         return None
-    updates = squeeze(adapter, rank).updates
+    updates = squeezed_for(adapter, "diffusers", rank).updates
     sites = {name: site for name, site, _, _ in adapter.site_updates()}
     with adapter.disabled(), adapter.hidden(), _quiet_loaders():
         pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=_NAME)
