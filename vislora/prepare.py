@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,7 +35,12 @@ def weight_gradients(
     """
     modules = {site.module: part for part in adapter.parts.values() for site in part.sites}
     sums: dict[nn.Module, Tensor] = {}
-    with _watched(modules, sums), torch.random.fork_rng(_devices(modules)):
+
+    def add(module: nn.Module, gradient: Tensor) -> None:
+        gradient = gradient.to("cpu", torch.float32)
+        sums[module] = sums[module] + gradient if module in sums else gradient.clone()
+
+    with watched(modules, add), torch.random.fork_rng(devices(modules)):
         for _ in range(calls):
             closure()
     for parameter in adapter.parameters():
@@ -57,22 +63,18 @@ def _require_reached(adapter: Adapter, sums: dict[nn.Module, Tensor]) -> None:
 
 
 @contextmanager
-def _watched(modules: dict[nn.Module, Part], sums: dict[nn.Module, Tensor]) -> Iterator[None]:
-    """Inside, weights collect gradients, which are added to `sums` and freed as soon as they are whole."""
+def watched(modules: Iterable[nn.Module], add: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
+    """Inside, every backward hands add(module, dL/dW) as soon as one of the modules' is whole, and frees it."""
     kept = {module: module.weight.grad for module in modules if not is_quantized(module)}
 
     def collect(module: nn.Module) -> RemovableHandle:
-        def add(gradient: Tensor) -> None:
-            gradient = gradient.detach().to("cpu", torch.float32)
-            sums[module] = sums[module] + gradient if module in sums else gradient.clone()
-
         def take(weight: Tensor) -> None:
-            add(weight.grad)
-            weight.grad = None
+            gradient, weight.grad = weight.grad, None
+            add(module, gradient.detach())
 
         def watch(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
             x = args[0] if args else kwargs["input"]
-            return _Outer.apply(output, x, torch.empty(0, requires_grad=True), add)
+            return _Outer.apply(output, x, torch.empty(0, requires_grad=True), partial(add, module))
 
         if is_quantized(module):  # before the tap, which adds to what the module itself returns
             return module.register_forward_hook(watch, prepend=True, with_kwargs=True)
@@ -150,7 +152,8 @@ def start_generator(adapter: Adapter, part: Part, site: Site) -> torch.Generator
     return _generator(adapter.seed, f"start/{qualified(component, site.name)}")
 
 
-def _devices(modules: dict[nn.Module, Part]) -> list[torch.device]:
+def devices(modules: Iterable[nn.Module]) -> list[torch.device]:
+    """The GPUs that modules' weights are on, whose generators a closure may move."""
     return [d for d in {module.weight.device for module in modules} if d.type == "cuda"]
 
 
