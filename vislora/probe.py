@@ -70,8 +70,9 @@ def cosines(adapter: Adapter, closure: Callable[[], object], backwards: int = 1)
     return {name: found[name] for sites in owners.values() for name, _, _ in sites}
 
 
+@torch.no_grad()
 def _cosine(part: Part, site: Site, gradient: Tensor) -> float:
-    with without_autocast(gradient.device), torch.enable_grad():
+    with without_autocast(gradient.device):
         G = full_gradient(part, site, precise(gradient))
         outer, inner = equivalent_gradient(part, site, G)
     if inner is None:
@@ -83,14 +84,15 @@ def _cosine(part: Part, site: Site, gradient: Tensor) -> float:
     return (product / size).clamp(-1, 1).item() if size > 0 else 0.0
 
 
+@torch.no_grad()
 def full_gradient(part: Part, site: Site, gradient: Tensor) -> Tensor:
     """The gradient of the adapted weight (m, n), from that of the frozen one, whose rows DoRA's magnitudes rescale."""
-    with torch.no_grad():
-        weight = site.weight().to(gradient.dtype)
-        scale = part.method.factors(part.tensors_of(site)).with_row_scale(weight).row_scale
+    weight = site.weight().to(gradient.dtype)
+    scale = part.method.factors(part.tensors_of(site)).with_row_scale(weight).row_scale
     return gradient if scale is None else gradient / (1 + part.strength * (scale[:, None].to(gradient.dtype) - 1))
 
 
+@torch.enable_grad()
 def equivalent_gradient(part: Part, site: Site, G: Tensor) -> tuple[Tensor, Tensor | None]:
     """G~ of the full gradient G (m, n) as factors (m, k), (k, n), or as (m, n) and None where it has no such form.
 

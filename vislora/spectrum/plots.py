@@ -30,11 +30,6 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def geometric_mean(values: Sequence[float]) -> float:
-    """exp of the mean logarithm; infinite where a value is."""
-    return math.exp(mean([math.log(v) for v in values])) if math.inf not in values else math.inf
-
-
 def median(values: Sequence[float]) -> float:
     return float(np.median(values))
 
