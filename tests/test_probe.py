@@ -1,4 +1,4 @@
-"""The gradient probe against brute force: the dense weight's gradient by autograd, and one small step of the factors."""
+"""The gradient probe against brute force: the dense weight's gradient, and one small step of the factors."""
 
 from __future__ import annotations
 
