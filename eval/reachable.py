@@ -32,7 +32,7 @@ from vislora.formats.disk import write_bytes
 from vislora.spectrum.table import write_csv
 
 DELTA, TOLERANCE, SIZE = 1.0, 0.02, 2  # the bound; of the fit, as a share of it; of the matrices
-STARTS = 4  # random starts of every fit: from one alone a few stay in a saddle
+STARTS = 10  # random starts of every fit: from few, some points' fits all stay in saddles
 PANELS = {  # title: (gamma of the fixed start, of what trains, whether that is free up to it)
     "gamma = delta / 2: the same bound": (0.5, 0.5, False),
     "gamma = delta, fixed": (0.5, 1.0, False),
@@ -51,7 +51,7 @@ def delora(gamma0: float, gamma: float, free: bool) -> Callable[[dict[str, Tenso
     method, ones = DeLoRA(rank=SIZE, form="zero"), torch.ones(SIZE, dtype=torch.float64)
 
     def one(A: Tensor, B: Tensor, s: Tensor) -> Tensor:
-        strength = gamma * torch.sigmoid(s[0]) if free else torch.tensor(gamma, dtype=A.dtype)
+        strength = gamma * (1 + torch.sin(s[0])) / 2 if free else torch.tensor(gamma, dtype=A.dtype)
         return method.factors(SimpleNamespace(A=A, B=B, strength=strength, columns=ones)).product()
 
     start = gamma0 / SIZE * torch.eye(SIZE, dtype=torch.float64)
@@ -80,10 +80,10 @@ def reached(update: Callable[[dict[str, Tensor]], Tensor], targets: Tensor, step
 
 def draw(points: list[float], found: dict[str, tuple[Tensor, Tensor]], png: Path) -> list[Path]:
     """A panel for each choice of gamma, NB-LoRA's set over DeLoRA's. Returns the paths written."""
-    figure = Figure(figsize=(4.2 * len(found), 4.9), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(found), 5.6), layout="constrained")
     FigureCanvasAgg(figure)
     title = "Updates diag(x, y) that a method can reach: a good set is centred on 0 (+) and fills its bound"
-    figure.suptitle(title, size=12)
+    figure.suptitle(title + "\n", size=12)
     lines = []
     for axis, (title, sets) in zip(figure.subplots(1, len(found), sharey=True), found.items(), strict=True):
         for reach, color in zip(sets[::-1], ("#0072b2", "#d55e00"), strict=True):
@@ -92,13 +92,13 @@ def draw(points: list[float], found: dict[str, tuple[Tensor, Tensor]], png: Path
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("x / delta")
         axis.set_aspect("equal")
-        name = title.replace("\n", " ")
+        name = " ".join(title.split())
         lines += [[name, x, y, int(sets[0][i, j]), int(sets[1][i, j])]
                   for i, x in enumerate(points) for j, y in enumerate(points)]  # fmt: skip
     figure.axes[0].set_ylabel("y / delta")
     handles = [Patch(color="#d55e00", alpha=0.45, label="NB-LoRA, p = 1, bound delta"),
                Patch(color="#0072b2", alpha=0.45, label="DeLoRA, started from gamma0 = delta / 2")]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, borderaxespad=1.5)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=130)
     write_bytes(png, picture.getvalue())
@@ -109,7 +109,7 @@ def draw(points: list[float], found: dict[str, tuple[Tensor, Tensor]], png: Path
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=49, help="of the grid, along each side")
-    parser.add_argument("--fit_steps", type=int, default=400, help="of Adam, for every point")
+    parser.add_argument("--fit_steps", type=int, default=300, help="of Adam, for every point")
     parser.add_argument("-o", "--output_dir", type=Path, default=Path("reachable"))
     args = parser.parse_args([word for word in argv if word != "--debug"])
     for flag in ("points", "fit_steps"):
@@ -124,7 +124,7 @@ def main(argv: list[str]) -> None:
         found[title] = of_nb_lora, reached(delora(*choice), grid, args.fit_steps).view(square)
         area = (4 / (args.points - 1)) ** 2
         shown = [f"{area * s.sum().item():.2f}" for s in found[title]]
-        print(f"{title.replace("\n", " ")}: area NB-LoRA {shown[0]}, DeLoRA {shown[1]}, in units of delta squared")
+        print(f"{' '.join(title.split())}: area NB-LoRA {shown[0]}, DeLoRA {shown[1]}, in units of delta squared")
     for written in draw(points.tolist(), found, args.output_dir / "reachable.png"):
         print(f"wrote {written}")
 
