@@ -83,7 +83,7 @@ def draw(points: list[float], found: dict[str, tuple[Tensor, Tensor]], png: Path
     figure = Figure(figsize=(4.2 * len(found), 5.6), layout="constrained")
     FigureCanvasAgg(figure)
     title = "Updates diag(x, y) that a method can reach: a good set is centred on 0 (+) and fills its bound"
-    figure.suptitle(title + "\n", size=12)
+    figure.suptitle(title, size=12)
     lines = []
     for axis, (title, sets) in zip(figure.subplots(1, len(found), sharey=True), found.items(), strict=True):
         for reach, color in zip(sets[::-1], ("#0072b2", "#d55e00"), strict=True):
