@@ -55,9 +55,10 @@ TRAINER = """
 import json, pathlib, sys
 words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 out, n, t = pathlib.Path(words["--output_dir"]), int(words["--init_rounds"]), int(words["--init_steps"])
-if words["--fail"] == f"{n}{t}":
-    sys.exit(5)
 out.mkdir(parents=True)
+if words["--fail"] == f"{n}{t}":
+    (out / "config.yaml").write_text("{}")
+    sys.exit(5)
 losses = [9.0, 9.0, 10.0 * n + t, 10.0 * n + t + 1]
 lines = [json.dumps({"step": i + 1, "loss": loss}) + "\\n" for i, loss in enumerate(losses)]
 (out / "metrics.jsonl").write_text("".join(lines))
