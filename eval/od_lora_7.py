@@ -3,10 +3,11 @@
     python eval/od_lora_7.py -o runs/od_lora_7                                          the embedded world, nine runs
     python eval/od_lora_7.py -o OUT --rounds 1 5 --steps 10 -- --max_train_steps 300    flags after -- go to the script
 
-Each pair is one run of --script, in a folder of its own under --output_dir; runs that are whole are kept, cut ones go
-on from their last checkpoint or, where there is none, begin anew, so the grid may be stopped at any time. The paper tunes Llama 3 8B on MetaMathQA and scores GSM8K; it finds
-little difference, and that more of both helps. What is compared here is the mean training loss over the second half of
-the steps: with one seed every run meets the same images, timesteps and noise at the same step. od_lora_7.png and .csv.
+Each pair is one run of --script, in a folder of its own under --output_dir. Whole runs are kept; cut ones go on from
+their last checkpoint or, where there is none, begin anew: the grid may be stopped at any time. The paper tunes Llama 3
+8B on MetaMathQA and scores GSM8K; it finds little difference, and that more of both helps. What is compared here is the
+mean training loss over the second half of the steps: with one seed every run meets the same images, timesteps and
+noise at the same step. od_lora_7.png and .csv.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "train_scripts" / "dreambooth.
 
 
 def train(run: RunFolder, rounds: int, steps: int, script: Path, flags: list[str]) -> None:
-    """One run to its end, unless it is there. Raises EnvironmentFault where the script fails, or the run is under way."""
+    """One run to its end, unless it is there. Raises EnvironmentFault where it fails, or is under way elsewhere."""
     if run.metrics_file.is_file():
         return
     begun = run.checkpoints.is_dir() and any(run.checkpoints.glob("checkpoint-*"))
