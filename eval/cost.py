@@ -5,6 +5,7 @@
     python eval/cost.py nb_lora_5      NB-LoRA, table 5: DoRA, PiSSA and NB-LoRA over ranks 2 to 256
     python eval/cost.py nb_lora_6      NB-LoRA, table 6: an m x n product against an r x r inverse
     python eval/cost.py od_lora_6      OD-LoRA, table 6: the overhead of OD-LoRA over LoRA
+    python eval/cost.py sorsa_4        SORSA (2409.00055), figure 4: equation 7, equation 14, factors apart
     python eval/cost.py lora_sb_5      LoRA-SB, table 5: what the start costs, as a share of an epoch
     python eval/cost.py lora_sb_6      LoRA-SB, table 6: operations of one forward, at the paper's own sizes
 
@@ -110,30 +111,46 @@ def nb_lora_5(args) -> list[list]:
     return rows
 
 
+def _median_us(call: Callable[[], torch.Tensor], repeats: int) -> float:
+    """Median microseconds of a call, after two that warm up."""
+    times = []
+    for turn in range(repeats + 2):
+        began = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if turn >= 2:
+            times.append(time.perf_counter() - began)
+    return 1e6 * statistics.median(times)
+
+
 def nb_lora_6(args) -> list[list]:
     m, n = 4096, 4 * 4096
     device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def median(call: Callable[[], torch.Tensor], repeats: int) -> float:
-        times = []
-        for turn in range(repeats + 2):
-            began = time.perf_counter()
-            call()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if turn >= 2:
-                times.append(time.perf_counter() - began)
-        return 1e6 * statistics.median(times)
-
     paper = PAPERS["nb_lora_6"]
     rows = [["rank", "product, us", "inverse, us", "inverse / product", "paper's"]]
     for rank in args.ranks:
         A, B = torch.randn(rank, n, device=device), torch.randn(rank, m, device=device)
         M = torch.eye(rank, device=device) + torch.randn(rank, rank, device=device) / rank**0.5
-        product = median(lambda A=A, B=B: B.mT @ A, args.repeats)
-        inverse = median(lambda M=M: torch.linalg.inv_ex(M).inverse, 20 * args.repeats)
+        product = _median_us(lambda A=A, B=B: B.mT @ A, args.repeats)
+        inverse = _median_us(lambda M=M: torch.linalg.inv_ex(M).inverse, 20 * args.repeats)
         theirs = paper["inverse"][RANKS.index(rank)] / paper["product"][RANKS.index(rank)]
         rows.append([rank, product, inverse, inverse / product, theirs])
+    return rows
+
+
+def sorsa_4(args) -> list[list]:
+    """A layer as wide as --size's, on --tokens inputs: equation 7, equation 14, and what vislora does."""
+    n, device = SIZES[args.size][0], "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randn(args.tokens, n, device=device)
+    rows = [["rank", "x (U diag(S) V)^T, us", "x ((U * S) V)^T, us", "over the first", "((x V^T) * S) U^T, us",
+             "over the first"]]  # fmt: skip
+    for rank in args.ranks:
+        U, S, V = torch.randn(n, rank, device=device), torch.rand(rank, device=device), torch.randn(rank, n).to(device)
+        forms = (lambda U=U, S=S, V=V: x @ (U @ torch.diag(S) @ V).mT, lambda U=U, S=S, V=V: x @ ((U * S) @ V).mT,
+                 lambda U=U, S=S, V=V: ((x @ V.mT) * S) @ U.mT)  # fmt: skip
+        first, second, third = (_median_us(form, args.repeats) for form in forms)
+        rows.append([rank, first, second, second / first, third, third / first])
     return rows
 
 
@@ -193,7 +210,7 @@ def _forward_macs(model: str, method: str, rank: int) -> float:
     return counter.get_total_flops() / 2
 
 
-TABLES = {f.__name__: f for f in (methods, nb_lora_4, nb_lora_5, nb_lora_6, od_lora_6, lora_sb_5, lora_sb_6)}
+TABLES = {f.__name__: f for f in (methods, nb_lora_4, nb_lora_5, nb_lora_6, sorsa_4, od_lora_6, lora_sb_5, lora_sb_6)}
 
 
 def show(rows: list[list]) -> str:
@@ -208,7 +225,7 @@ def show(rows: list[list]) -> str:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS), help="of nb_lora_4, 5 and 6")
+    parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS), help="of nb_lora_4, 5 and 6 and sorsa_4")
     parser.add_argument("--repeats", type=int, default=7, help="measured turns")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the Llama")
     parser.add_argument("--tokens", type=int, default=256, help="a step")

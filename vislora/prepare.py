@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,7 +42,12 @@ def weight_gradients(
             wrong = f"the weight of {site.name} is in shards, whose gradient is not at hand"
             raise InputError("prepare", wrong, "call adapter.prepare before fully_shard")
     sums: dict[Key, Tensor] = {}
-    with _watched(weights.values(), sums), torch.random.fork_rng(_devices(weights.values())):
+
+    def add(site: Site, gradient: Tensor) -> None:
+        gradient = gradient.to("cpu", torch.float32)
+        sums[site.key] = sums[site.key] + gradient if site.key in sums else gradient.clone()
+
+    with watched(weights.values(), add), torch.random.fork_rng(devices(weights.values())):
         for _ in range(calls):
             closure()
     for parameter in adapter.parameters():
@@ -64,22 +70,21 @@ def _require_reached(adapter: Adapter, sums: dict[Key, Tensor]) -> None:
 
 
 @contextmanager
-def _watched(sites: Iterable[Site], sums: dict[Key, Tensor]) -> Iterator[None]:
-    """Inside, weights collect gradients, which are added to `sums` and freed as soon as they are whole."""
+def watched(sites: Iterable[Site], add: Callable[[Site, Tensor], None]) -> Iterator[None]:
+    """Inside, every backward hands add(site, dL/dW) as soon as a weight's gradient is whole, and frees it.
+
+    sites: one for each weight; dL/dW is the whole weight's, in its own shape, of a quantized one (m, n).
+    """
     kept = [(site.parameter, site.parameter.grad) for site in sites if not is_quantized(site.module)]
 
     def collect(site: Site) -> RemovableHandle:
-        def add(gradient: Tensor) -> None:
-            gradient = gradient.detach().to("cpu", torch.float32)
-            sums[site.key] = sums[site.key] + gradient if site.key in sums else gradient.clone()
-
         def take(weight: Tensor) -> None:
-            add(weight.grad)
-            weight.grad = None
+            gradient, weight.grad = weight.grad, None
+            add(site, gradient.detach())
 
         def watch(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
             x = args[0] if args else kwargs["input"]
-            return _Outer.apply(output, x, torch.empty(0, requires_grad=True), add)
+            return _Outer.apply(output, x, torch.empty(0, requires_grad=True), partial(add, site))
 
         if is_quantized(site.module):  # before the tap, which adds to what the module itself returns
             return site.module.register_forward_hook(watch, prepend=True, with_kwargs=True)
@@ -157,7 +162,8 @@ def start_generator(adapter: Adapter, part: Part, site: Site) -> torch.Generator
     return _generator(adapter.seed, f"start/{qualified(component, site.name)}")
 
 
-def _devices(sites: Iterable[Site]) -> list[torch.device]:
+def devices(sites: Iterable[Site]) -> list[torch.device]:
+    """The GPUs that the sites' weights are on, whose generators a closure may move."""
     return [d for d in {site.parameter.device for site in sites} if d.type == "cuda"]
 
 

@@ -51,6 +51,12 @@ def test_an_inverse_is_cheaper_than_the_product(table):
     assert row["paper's"] == pytest.approx(29.2 / 314.1)
 
 
+def test_sorsa_s_equations_are_timed(table):
+    (row,) = table("sorsa_4", "--ranks", "2", "--repeats", "1", "--tokens", "3")
+    factored = row["((x V^T) * S) U^T, us"] / row["x (U diag(S) V)^T, us"]
+    assert row["over the first"] == pytest.approx(factored) and factored > 0  # the last column of that name
+
+
 @pytest.mark.parametrize(("name", "rows"), [("nb_lora_4", 2), ("od_lora_6", 3), ("lora_sb_5", 4)])
 def test_the_other_tables_run(table, cost, name, rows, monkeypatch):
     monkeypatch.setattr(cost, "Trainee", _smaller(cost.Trainee))

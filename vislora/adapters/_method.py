@@ -79,6 +79,10 @@ class Method:
         """The norm bound that holds by construction at one site, or None."""
         return None
 
+    def bases(self, t: SimpleNamespace) -> dict[str, Tensor]:
+        """{name: tensor (k, r)} whose columns the method makes orthonormal, or pulls there, at one site."""
+        return {}
+
     def pair(self, t: SimpleNamespace) -> Pair | None:
         """The trained factors at one site, for optimizers that treat them together; None: not LoRA-shaped."""
         return None
@@ -119,10 +123,9 @@ class Method:
     def from_options(cls, name: str, options: Mapping[str, Any]) -> Method:
         """An instance from plain data. Raises InputError for an option that the method does not have."""
         known = [f.name for f in dataclasses.fields(cls)]
-        for option in options:
-            if option not in known:
-                wrong = f"{name} has no such option{near(option, known)}"
-                raise InputError(option, wrong, f"it has {', '.join(known)}")
+        for option in [word for word in options if word not in known]:
+            wrong = f"{name} has no such option{near(option, known)}"
+            raise InputError(option, wrong, f"it has {', '.join(known)}")
         method = cls(**{k: math.inf if v == "inf" else v for k, v in options.items()})
         method.check()
         return method

@@ -79,6 +79,9 @@ class AdaLoRA(Method):
         scale = 1.0 if self.alpha is None else self.alpha / self.start_rank
         return Update(up=scale * t.B * t.E, down=t.A)
 
+    def bases(self, t: SimpleNamespace) -> dict[str, Tensor]:
+        return {"A": t.A.mT, "B": t.B}
+
     def has_penalty(self) -> bool:
         return self.orth_reg_weight > 0
 

@@ -74,6 +74,9 @@ class LoRASB(Method):
         tensors = {name: torch.zeros(shape, dtype=kind) for name, shape in shapes.items()}
         return {**tensors, "R": nn.Parameter(tensors["R"])}
 
+    def bases(self, t: SimpleNamespace) -> dict[str, Tensor]:
+        return {"A": t.A.mT, "B": t.B}
+
     def prepare(self, adapter, closure: Callable[[], Tensor]) -> None:
         for part, site, start in self._starts(adapter, closure):
             generator = start_generator(adapter, part, site)

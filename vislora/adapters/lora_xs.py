@@ -50,5 +50,8 @@ class LoRAXS(Method):
         R = 1e-5 * torch.randn(self.rank, self.rank, generator=generator)
         return {"R": nn.Parameter(R), "A": (S[:, None] * V.mT).contiguous(), "B": U}
 
+    def bases(self, t: SimpleNamespace) -> dict[str, Tensor]:
+        return {"B": t.B}
+
     def factors(self, t: SimpleNamespace) -> Update:
         return Update(up=self.scale * (t.B @ t.R), down=t.A)

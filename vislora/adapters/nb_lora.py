@@ -93,6 +93,9 @@ class NBLoRA(Method):
     def bound(self, t: SimpleNamespace) -> Bound | None:
         return Bound(p=self.p, delta=t.delta) if self.bounded else None
 
+    def bases(self, t: SimpleNamespace) -> dict[str, Tensor]:
+        return {"A, B": torch.cat(linalg.cayley(t.A, t.B), dim=-1).mT}
+
     @staticmethod
     def invert(U: Tensor, sigma: Tensor, V: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """Free A (r, n) and B (r, m) whose update is U diag(sigma) V^T under the bounds s (theorem 4.2).

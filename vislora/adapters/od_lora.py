@@ -72,6 +72,9 @@ class ODLoRA(Method):
         outer = torch.cat([torch.lerp(t.Qb, t.B, t.plain), (1 - t.plain) * t.B], dim=-1)
         return Update(up=self.scale * outer, down=torch.cat([t.A, t.Qa.mT], dim=-2))
 
+    def bases(self, t: SimpleNamespace) -> dict[str, Tensor]:
+        return {"A": t.A.mT, "B": t.B} if self.form == "limited_capacity" else {"Qa": t.Qa, "Qb": t.Qb}
+
     def prepare(self, adapter, closure: Callable[[], Tensor]) -> None:
         """N rounds of T steps: only the bases of what each round learned are kept.
 

@@ -59,6 +59,9 @@ class SORSA(Method):
     def factors(self, t: SimpleNamespace) -> Update:
         return Update(self.scale * t.B * t.S, t.A, minus=Update(self.scale * t.B0 * t.S0, t.A0))
 
+    def bases(self, t: SimpleNamespace) -> dict[str, Tensor]:
+        return {"A": t.A.mT, "B": t.B}
+
     def has_penalty(self) -> bool:
         return self.gamma > 0
 

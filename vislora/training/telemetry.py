@@ -29,6 +29,12 @@ def layers(adapter: Handle) -> tuple[dict[str, dict[str, float]], dict[str, floa
     return by_site, {f"largest_{key}": value for key, value in largest.items()}
 
 
+def alignment(cosines: Mapping[str, float]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """What `Log.write` takes of the gradient probe's {site: cosine}: (their mean, each site's)."""
+    mean = sum(cosines.values()) / len(cosines)
+    return {"cosine": mean}, {name: {"cosine": value} for name, value in cosines.items()}
+
+
 class Log:
     """`with Log(folder, "tensorboard") as log`: one line of metrics.jsonl a logged step, and tensorboard's curves."""
 

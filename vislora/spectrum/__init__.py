@@ -1,0 +1,1 @@
+"""The papers' analyses of what training did to weights: sources, measures, a table that resumes, and plots."""
