@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from vislora import config, measure
-from vislora.data.captions import check_tokens
 from vislora.diffusion.card import run_card
+from vislora.diffusion.conditioning import warn_of_cuts
 from vislora.diffusion.models import DiffusionModels
 from vislora.diffusion.options import DreamBoothOptions
 from vislora.diffusion.validation import Validation
@@ -72,8 +72,8 @@ def draw_base(
     if options.resume_from_checkpoint is not None:
         wrong = f"--adapter {adapter.method_name} makes no steps to go on with"
         raise InputError("--resume_from_checkpoint", wrong, "leave it out")
-    check_tokens(diffusion.tokenizer, prompts, "prompt")
+    warn_of_cuts(diffusion, prompts)
     folder.write_config(config.to_dict(replace(options, output_dir=None), adapter.method))
-    validation = Validation(options, prompts, photos, folder.samples)
+    validation = Validation(options, prompts, photos, folder.samples, diffusion)
     validation.draw(diffusion.pipeline(), 0)
     conclude(folder, options, adapter, 0, validation.compare(0), diffusion.pipeline_class)
