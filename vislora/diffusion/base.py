@@ -27,10 +27,10 @@ def check_folder(folder: str | Path, variant: str | None = None) -> Family:
     folder = Path(folder)
     index = _json(folder / "model_index.json")
     family = _family(folder / "model_index.json", index)
-    found: set[str | None] = set()
+    left_out, found = absent(folder, family), set()
     for name in family.models:
         entry = index.get(name)
-        if name in family.optional and entry in _ABSENT:
+        if name in left_out:
             continue
         _json(folder / name / "config.json")
         library = entry[0] if isinstance(entry, list) and entry else None
@@ -41,12 +41,18 @@ def check_folder(folder: str | Path, variant: str | None = None) -> Family:
     if variant is not None and variant not in found:
         raise InputError(str(folder), f"no part has files of variant {variant!r}", "leave --variant out, or mend it")
     for name in family.tokenizers:
-        if name in family.optional and index.get(name) in _ABSENT:
+        if name in left_out:
             continue
         if not any((folder / name / file).is_file() for file in ("tokenizer.json", "vocab.json", "spiece.model")):
             raise InputError(str(folder / name / "vocab.json"), "no such file", "the tokenizer's vocabulary is needed")
     _json(folder / "scheduler" / "scheduler_config.json")
     return family
+
+
+def absent(folder: str | Path, family: Family) -> list[str]:
+    """The optional parts that the model in `folder` lacks."""
+    index = _json(Path(folder) / "model_index.json")
+    return [name for name in family.optional if index.get(name) in _ABSENT]
 
 
 def _family(file: Path | str, index: dict) -> Family:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from vislora.adapters import Method
 from vislora.baselines import Baseline
-from vislora.diffusion.base import check_folder, download, local_folder, vae_factor
+from vislora.diffusion.base import absent, check_folder, download, local_folder, vae_factor
 from vislora.diffusion.family import Condition, Family
 from vislora.diffusion.hub import brief
 from vislora.diffusion.quantize import quantize
@@ -167,15 +167,13 @@ def load(
     try:
         pipe = family.pipeline.from_pretrained(
             folder, variant=variant, dtype=precision, local_files_only=True, **family.words,
-            **dict.fromkeys(family.left_out),
+            **dict.fromkeys([*family.left_out, *absent(folder, family)]),
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(path, f"cannot be loaded ({brief(error)})", "save or download it again") from error
 
     parts = {name: getattr(pipe, name) for name in (*family.models, *family.tokenizers)}
-    for name in family.models:
-        if parts[name] is None:
-            continue
+    for name in (name for name in family.models if parts[name] is not None):
         part = parts[name].requires_grad_(False).eval()
         if quantization != "none" and (name == family.denoiser or "T5" in type(part).__name__):
             quantize(part, quantization, torch.device(device))
