@@ -39,6 +39,7 @@ from vislora.diffusion.options import FREE_ON_RESUME, DreamBoothOptions
 from vislora.diffusion.results import conclude, draw_base
 from vislora.diffusion.verify import exported_error
 from vislora.errors import InputError, run_script
+from vislora.export import kohya_copy
 from vislora.training import checkpoint, telemetry
 from vislora.training.cores import use_cores
 from vislora.training.dry_run import describe
@@ -274,10 +275,12 @@ class Run:
         with self.averaged():
             self.adapter.save(self.folder.adapter)
             file = self.adapter.export(self.folder.path, "diffusers", o.export_rank)
+            kind = getattr(self.models.scheduler.config, "prediction_type", None)
+            copy = kohya_copy(self.adapter, self.folder.path, o.export_rank, kind)
             error = exported_error(self.sampler, self.adapter, self.folder.path, rank=o.export_rank)
             log.images(self.total, "samples", self.validation.draw(self.sampler, self.total))
             grid = self.validation.compare(self.total)
-            conclude(self.folder, o, self.adapter, self.total, grid, self.models.pipeline_class, file, error)
+            conclude(self.folder, o, self.adapter, self.total, grid, self.models.pipeline_class, file, error, copy)
         if o.push_to_hub:
             print(f"hub        {publish.push(self.folder.path, o.hub_model_id)}")
 

@@ -27,10 +27,12 @@ def conclude(
     pipeline: str,
     exported: Path | None = None,
     error: float | None = None,
+    copy: Path | None = None,
 ) -> None:
     """Write metrics and card after `steps` steps, and say where things are.
 
     exported: the file or folder that stock tools load, `error` off when read back. pipeline: the diffusers class.
+    copy: the same for ComfyUI and A1111.
     """
     in_file = exported is not None and exported.is_file()  # the certificate is of what it holds
     certificate = read_certificate(exported) if in_file else measure.certificate(adapter)
@@ -54,6 +56,8 @@ def conclude(
     if exported is not None:
         cost = f"lost: {lost:.1%} of a layer; " if in_file else ""
         print(f"diffusers  {exported} ({cost}read back by stock diffusers, off by {error:.0e})")
+    if copy is not None:
+        print(f"kohya      {copy} (for ComfyUI and A1111)")
     if share is not None:
         print(f"bound      at most {share:.1%} of any layer's bound is in use")
     print(f"look at    {grid or folder.path}")
