@@ -34,7 +34,8 @@ from vislora.baselines import BASELINES
 from vislora.diffusion import conditioning, models, objective, publish, quantize, validation
 from vislora.diffusion.base import facts_of
 from vislora.diffusion.dataset import class_set, instance_set
-from vislora.diffusion.denoising import Denoising
+from vislora.diffusion.denoising import Denoising, checkpoint_activations
+from vislora.diffusion.estimate import estimate
 from vislora.diffusion.options import FREE_ON_RESUME, DreamBoothOptions
 from vislora.diffusion.results import conclude, draw_base
 from vislora.diffusion.verify import exported_error
@@ -75,9 +76,11 @@ def main(argv: list[str]) -> None:
         sequence=options.max_sequence_length, noise=objective.schedule_changes(options),
         quantization=options.base_quantization,
     )  # fmt: skip
+    objective.process_of(options, diffusion)  # refuses a noise schedule that cannot be trained by
     adapter = attach(options, method, diffusion)
     if options.dry_run:
-        print(describe(adapter, f"{len(photos)} photos, first caption: {photos.captions[0]!r}"))
+        data = f"{len(photos)} photos, first caption: {photos.captions[0]!r}"
+        print(describe(adapter, data, str(estimate(options, adapter, diffusion, photos, accelerator))))
         return
     main_process = accelerator.is_main_process
     folder = RunFolder.create(options.output_dir, options.resume_from_checkpoint) if main_process else None
@@ -95,7 +98,8 @@ def parse(argv: list[str]) -> tuple[DreamBoothOptions, vislora.Method]:
         methods={name: adapters.get(name) for name in vislora.methods()} | BASELINES,
     )  # fmt: skip
     options, method = config.parse(DreamBoothOptions, argv, **words)
-    if options.pretrained_model_name_or_path is None and options.instance_data_dir is None:
+    named = options.pretrained_model_name_or_path, options.instance_data_dir, options.concepts_list
+    if not any(named):
         options, method = config.parse(DreamBoothOptions, argv, base=world.defaults("dreambooth"), **words)
     options.require_whole()
     optim.require_fit(options.optimizer, method)
@@ -141,10 +145,7 @@ class Run:
             options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps, num_training_steps=self.total,
             num_cycles=options.lr_num_cycles, power=options.lr_power,
         )  # fmt: skip
-        if options.gradient_checkpointing:
-            diffusion.denoiser.enable_gradient_checkpointing()
-            for name in encoders:
-                diffusion.parts[name].gradient_checkpointing_enable()
+        checkpoint_activations(options, diffusion)
         self.network, self.optimizer = accelerator.prepare(diffusion.denoiser, optimizer)
         prepared = {name: accelerator.prepare(diffusion.parts[name]) for name in encoders}
         self.trained = [self.network, *prepared.values()]

@@ -17,6 +17,14 @@ from vislora.handle import Handle
 from vislora.training.random import generator
 
 
+def checkpoint_activations(options: DreamBoothOptions, models: DiffusionModels) -> None:
+    """Compute activations again in the backward, where --gradient_checkpointing asks for it."""
+    if options.gradient_checkpointing:
+        models.denoiser.enable_gradient_checkpointing()
+        for name in models.family.clip if options.train_text_encoder else ():
+            models.parts[name].gradient_checkpointing_enable()
+
+
 class Denoising:
     """The losses of one run.
 
@@ -38,7 +46,7 @@ class Denoising:
         self.options, self.models, self.adapter = options, models, adapter
         self.photos, self.classes, self.embeddings = photos, classes, embeddings
         self.network, self.encoders = network, dict(encoders)
-        self.process = objective.process_of(options, models.family, models.scheduler)
+        self.process = objective.process_of(options, models)
         self.error = objective.error_of(options)
 
     def losses(self, position: int) -> dict[str, torch.Tensor]:

@@ -6,8 +6,8 @@ from dataclasses import fields
 from typing import Any
 
 from vislora.diffusion.base import Facts
-from vislora.diffusion.family import Family
 from vislora.diffusion.loss import Error
+from vislora.diffusion.models import DiffusionModels
 from vislora.diffusion.noise import DDPM, FlowMatching, Process
 from vislora.diffusion.options import DreamBoothOptions
 from vislora.errors import InputError
@@ -46,9 +46,9 @@ def schedule_changes(options: DreamBoothOptions) -> dict[str, Any]:
     return {name: value for name, value in changes.items() if value}
 
 
-def process_of(options: DreamBoothOptions, family: Family, scheduler) -> Process:
+def process_of(options: DreamBoothOptions, models: DiffusionModels) -> Process:
     """How noise is added and errors are weighed. InputError for a schedule that cannot be trained by."""
-    o = options
+    o, family, scheduler = options, models.family, models.scheduler
     if family.flow:
         scheme = o.weighting_scheme or family.weighting_scheme
         return FlowMatching(scheduler, scheme, o.logit_mean, o.logit_std, o.mode_scale, o.precondition_outputs)
