@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from vislora import attach
+from vislora import attach, load
 from vislora.testing.subject import close, weight_of
 
 CONVOLUTIONS = {
@@ -143,3 +143,18 @@ def test_every_attention_computes_with_its_delta(case, method, monkeypatch):
         finally:
             torch.backends.mha.set_fastpath_enabled(True)
     assert {type(m) for m in model.modules()} == {type(m) for m in plain.modules()}
+
+
+def test_full_fine_tuning_of_a_raw_parameter_is_of_that_one_alone(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(3, 5, 8)
+    handle = attach(model, "full", targets=["in_proj_weight"])
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["self_attn.in_proj_weight"]
+    randomise(handle)
+    wanted = model(x)
+    handle.save(tmp_path)
+    assert list(handle.deltas()) == ["self_attn.in_proj_weight"]
+    handle.detach()
+    assert not torch.equal(model(x), wanted)
+    load(model, tmp_path)
+    assert torch.equal(model(x), wanted)

@@ -236,10 +236,10 @@ REFUSED = {
                 "joint_blocks_0_x is no module of the unet of UNet2DConditionModel or of SD"),
     "shape": (kohya_pair(Q_KEY, 8, 9), r"to_q is \(8, 9\) in the file, \(8, 8\) in the model"),
     "half": ({f"{Q_KEY}.lora_up.weight": torch.zeros(8, 2)}, "1 of 1 layers lack one of their two factors"),
-    "convolution": (
+    "another kernel": (
         {f"lora_unet_conv_in.{side}.weight": torch.zeros(size)
-         for side, size in (("lora_down", (2, 4, 3, 3)), ("lora_up", (8, 2, 1, 1)))},
-        "adapts convolutions by 1 of its 1 layers in UNet2DConditionModel: conv_in",
+         for side, size in (("lora_down", (2, 36, 1, 1)), ("lora_up", (8, 2, 1, 1)))},
+        r"conv_in is \(8, 36, 1, 1\) in the file, \(8, 4, 3, 3\) in the model",
     ),
     "two kinds": (
         kohya_pair(Q_KEY, 8, 8) | kohya_pair(Q_KEY.replace("to_q", "to_k"), 8, 8, dora_scale=torch.ones(8, 1)),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .adapters import Method
 from .errors import InputError
 from .handle import Handle
+from .offload import require_weights
 from .part import Part
 from .quantized import is_quantized
 from .root import RootHook, install, part_holder, require_float_weights, require_untied, uninstall
@@ -125,7 +126,7 @@ class Adapter(Handle):
             for site, update in zip(part.sites, part(), strict=True):
                 key = qualified(component, site.path)
                 if key not in out:
-                    out[key] = torch.zeros(site.shape, device=site.parameter.device)
+                    out[key] = torch.zeros(site.shape, device=update.up.device)
                 rows = slice(None) if site.rows is None else site.rows
                 out[key].flatten(1)[rows] += part.adapter_weight * update.dense(site.weight()).float()
         return out
@@ -174,6 +175,7 @@ class Adapter(Handle):
     def _fold(self) -> None:
         for component, part in self.parts.items():
             require_float_weights(part)
+            require_weights(self.roots[component], "merge")
             require_untied(self.roots[component], part)
         for part in self.parts.values():
             for tap in taps_of(part):

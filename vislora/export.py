@@ -25,8 +25,8 @@ from .site import qualified
 from .squeeze import Squeezed, squeeze
 
 log = logging.getLogger("vislora")
-# Components by class name, for adapters on a bare module; of an encoder with a projection, SDXL's second may be meant or
-# SD3's first.
+# Components by class name, for adapters on a bare module; an encoder with a projection may be SDXL's second or SD3's
+# first.
 _COMPONENT_OF = {
     "UNet2DConditionModel": "unet", "CLIPTextModel": "text_encoder", "SD3Transformer2DModel": "transformer",
     "FluxTransformer2DModel": "transformer",
@@ -121,6 +121,9 @@ def _layers(adapter: Adapter, squeezed: Squeezed, format: str) -> dict[str, list
             update = squeezed.updates[qualified(component, site.name)]
             up, down = (factor.float().cpu() for factor in update.factors())
             magnitude = None if update.magnitude is None else update.magnitude.float().cpu()
+            if len(site.shape) == 4:
+                up, down = up[:, :, None, None], down.reshape(-1, *site.shape[1:])
+                magnitude = None if magnitude is None else magnitude[None, :, None, None]
             layers[component].append(Layer(named, neutral_path(named, site.path), up, down, magnitude=magnitude))
     return layers
 
@@ -165,9 +168,13 @@ def check_exportable(adapter: Adapter, format: str = "diffusers", rank: int | No
     for component, part in adapter.parts.items():
         if format != "peft":
             component_name(component, adapter.roots[component], format)
-        if any(site.rows is not None for site in part.sites):
-            wrong = f"slices of a fused matrix have no place in the {format} layout"
-            raise InputError("export", wrong, "use adapter.save")
+        for site in part.sites:
+            if site.rows is not None:
+                wrong = f"slices of a fused matrix have no place in the {format} layout"
+                raise InputError("export", wrong, "use adapter.save")
+            if site.tensor != "weight" or len(site.shape) not in (2, 4) or getattr(site.module, "groups", 1) > 1:
+                wrong = f"{site.name} of a {type(site.module).__name__} has no place in the {format} layout"
+                raise InputError("export", wrong, "use adapter.save, or leave that layer out")
     lacking = _without_magnitudes(adapter, format)
     if lacking and rank is None:
         if format == "kohya":

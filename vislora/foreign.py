@@ -17,6 +17,7 @@ from .formats import Layer, LoraFile, Stored, parse
 from .formats.lora import TEXT_ENCODERS, neutral_path
 from .formats.vocabulary import known
 from .io import require_all
+from .layer import CONVOLUTIONS
 from .site import Site, find_named
 
 
@@ -30,7 +31,7 @@ class _Modules:
     def paths(self, component: str) -> list[str]:
         """Neutral paths of the modules that the component may have, each once."""
         root = self._parts.get(component, self._parts.get("", nn.Module()))
-        own = [name for name, module in root.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        own = [name for name, module in root.named_modules() if isinstance(module, (nn.Linear, *CONVOLUTIONS))]
         usual = [path for paths in known(component).values() for path in paths]
         return list(dict.fromkeys([neutral_path(component, path) for path in own] + usual))
 
@@ -48,7 +49,6 @@ def load(model: Any, file: Path, stored: Stored, name: str) -> Adapter:
     prefixes = sorted({layer.component for layer in lora.layers})
     for prefix, (component, root) in place(parts, prefixes, lambda root: True, file).items():
         layers = {_own_path(root, layer): layer for layer in lora.layers if layer.component == prefix}
-        _refuse_convolutions(root, layers, file)
         sites = find_named(root, layers)
         require_all(list(layers), sites, root, file)
         found[component] = (root, sites)
@@ -71,19 +71,15 @@ def _own_path(root: nn.Module, layer: Layer) -> str:
     return layer.path.removeprefix("text_model.") if flat else layer.path
 
 
-def _refuse_convolutions(root: nn.Module, layers: dict[str, Layer], file: Path) -> None:
-    convolutions = [name for name, module in root.named_modules() if isinstance(module, nn.Conv2d) and name in layers]
-    if convolutions:
-        many = f"{len(convolutions)} of its {len(layers)} layers in {type(root).__name__}"
-        wrong = f"adapts convolutions by {many}: {', '.join(convolutions[:3])}"
-        raise InputError(str(file), wrong, "give a LoRA of linear layers; stock diffusers loads this one")
-
-
 def _tensors(layer: Layer, site: Site, file: Path) -> dict[str, Tensor]:
     """The method's tensors for a site, the file's scale folded into B."""
-    if layer.shape != (site.m, site.n):
-        wrong = f"{site.name} is {layer.shape} in the file, {(site.m, site.n)} in the model"
+    kernel = tuple(layer.down.shape[1:])
+    pointwise = set(kernel[1:]) | set(site.shape[2:]) <= {1}  # of a linear as of a convolution
+    if layer.shape != (site.m, site.n) or (kernel != site.shape[1:] and not pointwise):
+        wrong = f"{site.name} is {(layer.shape[0], *kernel)} in the file, {site.shape} in the model"
         raise InputError(str(file), wrong, "load it into the model it was trained on")
+    if getattr(site.module, "groups", 1) > 1:
+        raise InputError(str(file), f"{site.name} is a convolution in groups", "use a LoRA without that layer")
     up, down = layer.factors(torch.float32)
     tensors = {"A": down, "B": up}
     if layer.magnitude is not None:

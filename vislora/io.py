@@ -38,7 +38,7 @@ _FORMAT = 1
 
 def save(adapter: Adapter, folder: Path) -> Path:
     """Write folder/adapter.safetensors: every tensor as "<site>.<tensor>", the configuration in the header."""
-    header = header_of(adapter, components=list(adapter.parts), tensors=_kinds(adapter))
+    header = header_of(adapter, components=list(adapter.parts), tensors=_kinds(adapter), kernels=_kernels(adapter))
     tensors = {name: t.detach().cpu().contiguous() for name, t in adapter.named_tensors()}
     require_finite(tensors, "adapter")
     return write(tensors, header, folder / FILE)
@@ -55,6 +55,14 @@ def header_of(handle: Handle, **more: Any) -> dict[str, str]:
         "base": fingerprint(handle),
     }
     return {"format": "pt", "vislora": json.dumps(config)}
+
+
+def _kernels(adapter: Adapter) -> dict[str, list[int]]:
+    """{site: its weight's shape but for the outputs} of convolutions, for readers that have no model at hand."""
+    return {
+        qualified(component, site.name): list(site.shape[1:])
+        for component, part in adapter.parts.items() for site in part.sites if len(site.shape) > 2
+    }  # fmt: skip
 
 
 def _kinds(adapter: Adapter) -> dict[str, bool]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .adapters import Method
+from .errors import InputError
 from .linalg import without_autocast
+from .offload import is_hooked
 from .site import Site
 from .tap import tap_of
 from .update import Update
@@ -30,7 +33,17 @@ class SiteTensors(nn.Module):
                 self.register_buffer(name, tensor)
 
     def all(self) -> dict[str, Tensor]:
-        return {**self._parameters, **self._buffers}
+        """By a call where offloading hooks bring the tensors here and take them away; views of them stay."""
+        return self() if is_hooked(self) else {**self._parameters, **self._buffers}
+
+    def forward(self) -> dict[str, Tensor]:
+        return {name: t.view_as(t) for name, t in {**self._parameters, **self._buffers}.items()}
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> nn.Module:
+        # How diffusers' fuse_lora walks a model; it would leave the adapter out without a word.
+        if getattr(getattr(fn, "func", fn), "__name__", "") == "_fuse_lora_apply":
+            raise InputError("fuse_lora", "knows nothing of vislora's adapters", "call adapter.merge()")
+        return super().apply(fn)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         # A checkpoint of the base alone loads strictly into the adapted model.
@@ -95,10 +108,11 @@ class Part(nn.Module):
                 stacked = SimpleNamespace(**{name: torch.stack([t[name] for t in each]) for name in each[0]})
                 for i, update in zip(group, self.method.factors(stacked).unbind(), strict=True):
                     updates[i] = update
-            return [
-                update if update.magnitude is None else update.with_row_scale(site.weight())
-                for site, update in zip(self.sites, updates, strict=True)
-            ]
+            return [self._of(site, update) for site, update in zip(self.sites, updates, strict=True)]
+
+    def _of(self, site: Site, update: Update) -> Update:
+        """The update with what it must know of its site's weight."""
+        return update if update.magnitude is None else update.with_row_scale(site.weight())
 
     def _groups(self) -> Iterator[list[int]]:
         """Indices of sites that `factors` takes together: of equal shapes, few enough for the CPU's cache."""
@@ -119,7 +133,7 @@ class Part(nn.Module):
         self.call_scale = call_scale
         if not self.active:
             return
-        if torch.is_grad_enabled() or self._updates is None or self._made != self._version():
+        if is_compiling() or torch.is_grad_enabled() or self._updates is None or self._made != self._version():
             self._compute()
 
     def _compute(self) -> None:
@@ -130,15 +144,29 @@ class Part(nn.Module):
         self._updates, self._made = made, self._version()
 
     def _version(self) -> tuple:
+        if is_compiling():  # a graph that knew of versions would be compiled anew at every step
+            return (torch.is_grad_enabled(),)
         return torch.is_grad_enabled(), *((t.data_ptr(), t._version) for t in self.parameters())
 
     def updates_of(self, module: nn.Module, tensor: str) -> list[tuple[Site, Update]]:
         """The updates of one weight. Computed now where the root was bypassed and those at hand do not fit."""
+        if is_compiling() and not self.inside:  # nothing may stay behind in a graph of a part of the model
+            own = [site for site in self.sites if site.key == (module, tensor)]
+            return [(site, self._of(site, self.method.factors(self.tensors_of(site)))) for site in own]
         stale = self._updates is None or (torch.is_grad_enabled() and not self._made[0])
         # Comparing every parameter's version at every tap would cost the square of the number of layers.
         if stale or (not self.inside and self._made[1:] != self._version()[1:]):
             self._compute()
         return [(site, update) for site, update in self._updates[module] if site.tensor == tensor]
+
+    def defer(self, call_scale: float = 1.0) -> None:
+        """Leave the updates of the coming forward to its first tap: inside it offloaded tensors are at hand."""
+        self.call_scale, self._updates = call_scale, None
+
+    def saw(self, module: nn.Module) -> None:
+        """Note that the running forward reached an adapted module; a compiled one takes no notes."""
+        if not is_compiling():
+            self.called.add(module)
 
     def clear(self) -> None:
         """Drop the computed updates; the next forward makes new ones."""

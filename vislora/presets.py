@@ -41,6 +41,7 @@ _ATTENTION = (
     _pattern(r"qkv\[[qkv]\]", r"attn\.proj"),
     _pattern(r"attention\.(query|key|value)", r"attention\.output\.dense", r"attention\.(q|k|v|o)_proj"),
 )  # fmt: skip
+_CLIP_QV = _pattern(r"self_attn\.(q|v)_proj")  # transformers' CLIP names its image tower's layers as its text's
 _VISION = ("visual", "vision_model")  # the image's tower in a model that has one for text beside it
 _HEADS = ("lm_head", "output", "head", "classifier", "score", "fc")
 
@@ -52,6 +53,8 @@ def choose(model: nn.Module, sites: dict[str, Site], preset: str) -> list[Site]:
         return next((found for found in hits if found), [])
     if PRESETS[preset] is not None:
         found = [s for s in sites.values() if PRESETS[preset].fullmatch(s.name)]
+        if preset == "vit-qv" and not found and _has(model, *CONVOLUTIONS):
+            found = [s for s in sites.values() if _CLIP_QV.fullmatch(s.name)]
         return _of_tower(found, preset) if preset in ("vit-qv", "text-encoder-attention") else found
     whole = [s for s in sites.values() if s.rows is None and not isinstance(s.module, CONVOLUTIONS)]
     head = None if preset == "all-linear" else _output_head(model, whole)
@@ -80,20 +83,23 @@ def own_preset(model: nn.Module, names: Iterable[str]) -> str:
     """The preset of a model for which no targets are given."""
     names = list(names)
 
-    def has(preset: str) -> bool:
+    def fits(preset: str) -> bool:
         return any(PRESETS[preset].fullmatch(name) for name in names)
 
-    if has("unet-attention"):
+    if fits("unet-attention"):
         return "unet-attention"
-    kinds = {kind for module in model.modules() for kind in (nn.Embedding, *CONVOLUTIONS) if isinstance(module, kind)}
-    if has("vit-qv"):
-        if not any(name.endswith("proj_weight[q]") or name.endswith("q_proj_weight") for name in names):
-            return "vit-qv"
-        if kinds & set(CONVOLUTIONS):  # patches; nn.MultiheadAttention alone says nothing of what it attends to
-            return "vit-qv"
+    # nn.MultiheadAttention's names say nothing of what it attends to: patches come from a convolution, words from a
+    # table of embeddings.
+    raw = any(name.endswith(("in_proj_weight", "q_proj_weight")) for name in names)
+    if fits("vit-qv") and (not raw or _has(model, *CONVOLUTIONS)):
+        return "vit-qv"
     get = getattr(model, "get_output_embeddings", None)
     if callable(get) and get() is not None:
         return "llm-linear"
-    if has("text-encoder-attention") and (nn.Embedding in kinds or not has("vit-qv")):
+    if fits("text-encoder-attention") and (not raw or _has(model, nn.Embedding)):
         return "text-encoder-attention"
     return "all-linear"
+
+
+def _has(model: nn.Module, *kinds: type[nn.Module]) -> bool:
+    return any(isinstance(module, kinds) for module in model.modules())

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 from .errors import InputError
 from .layer import is_read
+from .offload import is_hooked, require_readable
 from .quantized import is_quantized
 from .tap import ReadTap, Tap, tap_of, taps_of
 
@@ -32,16 +34,25 @@ class RootHook:
         if not self.part.prepared and module.training and torch.is_grad_enabled():
             wrong = f"{self.part.adapter_name!r} starts from data that it has not seen"
             raise InputError("prepare", wrong, "call adapter.bind, then adapter.prepare(closure), before training")
-        self.part.refresh(_call_scale(kwargs))
-        self.part.called.clear()
+        hooked = is_hooked(module) or is_hooked(self.part.sites[0].module)
+        if hooked and "magnitude" in self.part.method.roles.values():
+            require_readable(module, self.part.adapter_name)
+        if is_hooked(module):
+            self.part.defer(_call_scale(kwargs))
+        else:
+            self.part.refresh(_call_scale(kwargs))
+        if not is_compiling():
+            self.part.called.clear()
         self.part.inside = True
 
     def leave(self, module: nn.Module, args: tuple, output) -> None:
         """The forward has ended, by an exception too."""
         self.part.inside = False
+        if is_compiling():  # what a graph leaves behind is an output of it, and an input of the next call
+            self.part.clear()
 
     def after(self, module: nn.Module, args: tuple, output) -> None:
-        if self.checked or not module.training or not torch.is_grad_enabled() or not self.part.active:
+        if is_compiling() or self.checked or not module.training or not torch.is_grad_enabled() or not self.part.active:
             return
         self.checked = True
         missed = [s.name for s in self.part.sites if s.module not in self.part.called and not self.part.is_merged(s)]

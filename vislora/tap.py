@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import reading
 from .layer import layer_of
 from .linalg import without_autocast
+from .offload import is_hooked, kept
 from .quantized import dequantized, is_quantized
 
 if TYPE_CHECKING:
@@ -53,11 +54,13 @@ class Tap:
 
     def _delta(self, part: Part, x: Tensor, output: Tensor) -> Tensor:
         """One part's share, like output: its row blocks laid out over the module's outputs, zeros between."""
-        part.called.add(self.module)
+        part.saw(self.module)
         dropout = part.method.input_dropout if self.module.training else 0.0
         strength, layer = part.strength, layer_of(self.module)
         blocks, at = [], 0
         bias, updates, frozen = self.module.bias, part.updates_of(self.module, self.tensor), output
+        if bias is not None and is_hooked(self.module):  # by now it may be gone again
+            bias = (kept(self.module, "bias") if bias.is_meta else bias).to(output.device)
         if self.base is not None and any(update.row_scale is not None for _, update in updates):
             # A magnitude scales what the base makes of x, and `output` holds another adapter's merged delta.
             frozen = layer.whole(x, self.base, bias)
@@ -143,7 +146,7 @@ class ReadTap(Tap):
         total = weight
         with without_autocast(weight.device):
             for part in self._active():
-                part.called.add(self.module)
+                part.saw(self.module)
                 delta = self._laid_out(part, weight)
                 total = (total.to(delta.dtype) + delta).to(weight.dtype)
         return total
@@ -186,4 +189,5 @@ def base_weight(module: nn.Module, tensor: str = "weight") -> Tensor:
         return tap.base
     if is_quantized(module):
         return dequantized(module)
-    return (getattr(module, tensor) if tap is None else module._parameters[tensor]).detach()
+    weight = (getattr(module, tensor) if tap is None else module._parameters[tensor]).detach()
+    return kept(module, tensor) if weight.is_meta and kept(module, tensor) is not None else weight

@@ -55,14 +55,14 @@ class Update:
         product = self.product()
         if self.row_scale is None:
             return product
-        weight = weight.to(product.dtype)
+        weight = weight.to(product)
         return (self.row_scale[:, None].to(product.dtype) - 1) * weight + self.row_scale[:, None] * product
 
     def with_row_scale(self, weight: Tensor) -> Update:
         """The same Update with `row_scale` from the base weight (m, n), if it has a magnitude."""
         if self.magnitude is None:
             return self
-        norm = row_norm(weight, *self.factors())
+        norm = row_norm(weight, *self.factors()).to(self.magnitude.device)  # an offloaded weight stays where it is
         return replace(self, row_scale=self.magnitude / (norm.detach() if self.detach_norm else norm))
 
     def detach(self) -> Update:

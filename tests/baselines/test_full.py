@@ -131,7 +131,9 @@ def test_saved_and_loaded_is_equal_and_strict(subject, tmp_path):
 @pytest.mark.parametrize("host", WHOLE)
 def test_targets_train_the_modules_they_name_alone(host, tmp_path):
     s = Subject(Full(), HOSTS[host])
-    targets = {"linear": "all-linear", "timm_vit": ["attn.proj"]}.get(host, "attention")
+    targets = {
+        "linear": "all-linear", "timm_vit": ["attn.proj"], "conv": ["first", "grouped"], "mha": ["attn.out_proj"]
+    }.get(host, "attention")  # fmt: skip
     handle = vislora.attach(s.model, "full", targets=targets)
     names = {n for n, p in s.model.named_parameters() if p.requires_grad}
     assert names == {n for n, _ in handle.named_parameters()}

@@ -142,9 +142,9 @@ def model(tmp_path_factory):
     return tiny_sd(tmp_path_factory.mktemp("sd"))
 
 
-def trained(model, folder, method="lora"):
+def trained(model, folder, method="lora", **options):
     unet = UNet2DConditionModel.from_pretrained(model / "unet")
-    adapter = vislora.attach({"unet": unet}, method, rank=4)
+    adapter = vislora.attach({"unet": unet}, method, rank=4, **options)
     with torch.no_grad():
         for i, parameter in enumerate(adapter.parameters()):
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
@@ -246,16 +246,27 @@ def test_a_base_that_lacks_a_shard_is_named(model, tmp_path, capsys):
         assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
-def test_dora_and_convolutions_where_they_do_not_fit(tmp_path, capsys):
+def test_convolutions_are_bounded_and_train_on(model, tmp_path):
+    unet, adapter = trained(model, tmp_path / "in", "lora", targets=["conv1", "to_q"])
+    adapter.detach()
+    run("bound", tmp_path / "in", "--p", 1, "--delta", 0.5, "--as_nb_lora", "-o", tmp_path / "out")
+    file = read(tmp_path / "out")
+    assert {layer.down.dim() for layer in file.layers} == {2, 4}
+    assert all(norm(layer, 1) <= 0.5 for layer in file.layers)
+    again = vislora.load({"unet": unet}, tmp_path / "out")
+    for name, delta in again.deltas().items():
+        wanted = next(dense(layer) for layer in file.layers if layer.name == name)
+        assert (delta.flatten(1) - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_dora_where_it_does_not_fit(tmp_path, capsys):
     pair = {"lora_A.weight": torch.ones(1, 3), "lora_B.weight": torch.ones(3, 1)}
     pair["lora_magnitude_vector"] = torch.ones(3)
     dora = tmp_path / "dora.safetensors"
     save_file({f"unet.mid_block.attentions.0.proj_in.{k}": t for k, t in pair.items()}, dora)
-    conv = stored(tmp_path / "conv", "diffusers", conv=True)
-    for argv, words in ((["bound", dora], "is DoRA"), (["bound", conv, "--as_nb_lora"], "convolution")):
-        with pytest.raises(SystemExit) as stop:
-            run(*argv, "--delta", 1, "-o", tmp_path / "out")
-        assert stop.value.code == 2 and words in capsys.readouterr().err and not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit) as stop:
+        run("bound", dora, "--delta", 1, "-o", tmp_path / "out")
+    assert stop.value.code == 2 and "is DoRA" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_our_file_of_another_method_becomes_lora_of_the_same_updates(model, tmp_path):

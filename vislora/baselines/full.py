@@ -50,11 +50,14 @@ class Full(Baseline):
 
 def tensors_of(root: nn.Module, sites: list[Site]) -> dict[str, Tensor]:
     """{name in the root: live tensor}: the sites' weights and biases; without sites every parameter and saved buffer.
+    Of a parameter that a site names by itself (nn.MultiheadAttention's), that one alone.
 
     A tied parameter stands under its first name.
     """
     if sites:
-        return {f"{s.path}.{n}": p for s in sites for n, p in s.module.named_parameters(recurse=False)}
+        whole = [s for s in sites if s.tensor == "weight"]
+        live = {f"{s.path}.{n}": p for s in whole for n, p in s.module.named_parameters(recurse=False)}
+        return live | {s.path: s.parameter for s in sites if s.tensor != "weight"}
     first: dict[int, str] = {}
     state = root.state_dict(keep_vars=True)
     for name, tensor in state.items():
@@ -201,8 +204,11 @@ def load(model: Any, file: Path, tensors: dict[str, Tensor], config: dict, name:
                 raise InputError(str(file), wrong, "load it into the model it was trained on")
             live[qualified(prefix, key)] = there
         modules = dict(root.named_modules())
-        paths = dict.fromkeys(key.rpartition(".")[0] for key in own)
-        found[component] = (root, [] if whole[prefix] else [Site(path, path, modules[path]) for path in paths])
+        raw = {key: modules[key.rpartition(".")[0]] for key in own if key.endswith("proj_weight")}
+        paths = dict.fromkeys(key.rpartition(".")[0] for key in own if key not in raw)
+        sites = [Site(path, path, modules[path]) for path in paths]
+        sites += [Site(key, key, module, tensor=key.rpartition(".")[2]) for key, module in raw.items()]
+        found[component] = (root, [] if whole[prefix] else sites)
     strange = tensors.keys() - live.keys()
     if strange:
         raise InputError(str(file), f"{len(strange)} tensors belong to no component: {min(strange)}", "copy it again")

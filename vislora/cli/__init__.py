@@ -12,7 +12,7 @@ COMMANDS = {
     "inspect": "what an adapter did: norms and ranks of every update, its certificate checked",
     "bound": "the nearest adapter whose updates keep within a norm",
     "export": "an adapter in another layout: diffusers, kohya, peft",
-    "merge": "several adapters, weighted, as one",
+    "merge": "adapters, weighted, into a model's folder, or several as one adapter",
 }
 _USAGE = "\n".join(["usage: vislora COMMAND ...", "", *(f"  {name:<8} {text}" for name, text in COMMANDS.items()), "",
                     "vislora COMMAND --help lists a command's flags."])  # fmt: skip

@@ -15,6 +15,7 @@ from ..formats.norm_bounded import as_nb_lora
 from ..formats.shrink import bounded, squeezed
 from ..formats.spectrum import certificate, spectrum, stated_base
 from ..linalg import product_singular_values, schatten
+from ._base import add_base, open_base
 from ._out import add_out, add_rank, check_rank, require_plain
 from ._table import number, say
 
@@ -24,7 +25,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--p", type=float, default=1.0, help="the norm: 1 nuclear (default), 2 Frobenius, inf spectral")
     parser.add_argument("--delta", type=float, help="the bound, in the norm's own unit")
     parser.add_argument("--delta_ratio", type=float, help="the bound as a share of each base weight's norm")
-    parser.add_argument("--base", type=Path, metavar="MODEL", help="the base model's folder, for --delta_ratio")
+    add_base(parser, "for --delta_ratio")
     parser.add_argument("--how", choices=("nearest", "shrink"), default="nearest",
                         help="the nearest update inside (default), or the same one scaled down")  # fmt: skip
     parser.add_argument("--as_nb_lora", action="store_true",
@@ -36,7 +37,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the bounded adapter and say what changed. Raises InputError for flags that contradict, DoRA, bad files."""
     _check(args)
-    base = Base(args.base) if args.base else None
+    base = open_base(args.base)
     file = read(args.file, base)
     require_plain(file, "bound")
     norms = stated_base(file)

@@ -13,12 +13,13 @@ import torch
 from ..errors import InputError
 from ..formats import Base, LoraFile, read
 from ..formats.spectrum import Spectrum, Verdict, check_certificate, spectrum, stated_base
+from ._base import add_base, open_base
 from ._table import console, natural, number, say, table
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="an adapter: ours, diffusers', kohya's, or PEFT's folder")
-    parser.add_argument("--base", type=Path, metavar="MODEL", help="the base model's folder: adds ratios")
+    add_base(parser, "adds ratios")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the norms; FILE.csv beside it holds them")
 
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     """Print; then raise InputError where the certificate in the header is not the tensors'."""
     if args.plot and args.plot.suffix != ".png":
         raise InputError(f"--plot {args.plot}", "is no .png", "name it FILE.png")
-    base = Base(args.base) if args.base else None
+    base = open_base(args.base)
     file = read(args.file, base)
     rows, spectra = measured(file, base)
     verdict = check_certificate(file, spectra, base is not None)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,31 +22,58 @@ _FINGERPRINT = 16  # weights
 _NORM_TOLERANCE = 0.01  # bf16, fp16 and 4-bit copies of a base pass; another model does not
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a module's weight is stored: the file, the tensor's name in it, the rows of a slice, its type as stored."""
+
+    file: Path
+    name: str
+    rows: slice | None
+    dtype: str
+
+    @property
+    def floating(self) -> bool:
+        return self.dtype.startswith(("F", "BF"))
+
+
 class Base:
-    """A diffusers folder (a sub-folder for each component) or a transformers or timm folder (weights in it)."""
+    """A diffusers folder (a sub-folder for each component), one of transformers, timm or open_clip (weights in it), or
+    one safetensors file."""
 
     def __init__(self, folder: Path):
         """Raises InputError for a folder that holds no safetensors weights."""
         self.folder, self.label = folder, str(folder)
-        if not folder.is_dir():
+        self.is_file = folder.is_file() and folder.suffix == ".safetensors"
+        if not folder.is_dir() and not self.is_file:
             raise InputError(f"--base {folder}", "is no folder", "give a diffusers or transformers model's folder")
-        self._files: dict[str, dict[str, tuple[safe_open, str]]] = {}  # by component
-        self._alone = bool(list(folder.glob("*.safetensors")))
+        self._files: dict[str, dict[str, tuple[safe_open, str, Path]]] = {}  # by component
+        self._alone = self.is_file or bool(list(folder.glob("*.safetensors")))
         if not self._alone and not any((folder / c).is_dir() for c in COMPONENTS):
             wrong = "holds no safetensors weights and no component of a pipeline"
             raise InputError(f"--base {folder}", wrong, "give a model's folder; convert .bin weights first")
 
-    def _index(self, component: str) -> dict[str, tuple[safe_open, str]]:
-        """{neutral tensor name: (opened file, its name there)}. Raises InputError for a missing folder or shard."""
-        if component not in self._files:
+    def weight_files(self, components: Iterable[str]) -> list[Path]:
+        """The files that hold components' weights. Raises InputError for a missing folder or shard."""
+        found: dict[Path, None] = {}
+        for component in components:
             folder = self.folder if self._alone or not component else self.folder / component
-            if not folder.is_dir():
+            if not folder.exists():
                 raise InputError(f"--base {self.folder}", f"has no {component}", "give the base it was trained on")
-            found: dict[str, tuple[safe_open, str]] = {}
-            for file in _weight_files(folder):
+            found |= dict.fromkeys([folder] if self.is_file else _weight_files(folder))
+        return list(found)
+
+    def files(self) -> list[Path]:
+        """All files of the model."""
+        return [self.folder] if self.is_file else [file for file in self.folder.rglob("*") if file.is_file()]
+
+    def _index(self, component: str) -> dict[str, tuple[safe_open, str, Path]]:
+        """{neutral tensor name: (opened file, its name there, its path)}. Raises InputError as `weight_files` does."""
+        if component not in self._files:
+            found: dict[str, tuple[safe_open, str, Path]] = {}
+            for file in self.weight_files([component]):
                 try:
                     opened = safe_open(file, framework="pt")
-                    found |= {neutral_path(component, name): (opened, name) for name in opened.keys()}
+                    found |= {neutral_path(component, name): (opened, name, file) for name in opened.keys()}
                 except (SafetensorError, OSError) as error:
                     wrong = f"is no whole safetensors file ({error})"
                     raise InputError(str(file), wrong, "fetch the model again") from None
@@ -58,27 +86,38 @@ class Base:
 
     def weight(self, component: str, path: str) -> Tensor:
         """A module's weight as a matrix (m, n), float32 or float64. Raises InputError where the base lacks it."""
+        place = self.place(component, path)
+        opened, _, _ = self._find(component, path)
+        weight = precise(opened.get_tensor(place.name)).flatten(1)
+        return weight if place.rows is None else weight[place.rows]
+
+    def place(self, component: str, path: str) -> Place:
+        """Where a module's weight is. Raises InputError where the base lacks it."""
         part = _SLICE.fullmatch(path)
-        opened, stored = self._find(component, part["path"] if part else path)
-        weight = precise(opened.get_tensor(stored)).flatten(1)
-        if part is None:
-            return weight
-        third = weight.shape[0] // 3
-        return weight["qkv".index(part["which"]) * third :][:third]
+        opened, stored, file = self._find(component, path)
+        seen = opened.get_slice(stored)
+        third = seen.get_shape()[0] // 3
+        at = "qkv".index(part["which"]) * third if part else 0
+        return Place(file, stored, slice(at, at + third) if part else None, seen.get_dtype())
 
     def shape(self, component: str, path: str) -> tuple[int, int]:
         """(m, n) of `weight`, without reading it."""
         part = _SLICE.fullmatch(path)
-        opened, stored = self._find(component, part["path"] if part else path)
+        opened, stored, _ = self._find(component, path)
         m, *rest = opened.get_slice(stored).get_shape()
         return (m // 3 if part else m), math.prod(rest)
 
-    def _find(self, component: str, path: str) -> tuple[safe_open, str]:
-        """The opened file that holds a module's weight, and the weight's name in it."""
-        name, index = f"{path}.weight", self._index(component)
+    def _find(self, component: str, path: str) -> tuple[safe_open, str, Path]:
+        """The opened file that holds a module's weight, the weight's name in it, and the file's path."""
+        part, index = _SLICE.fullmatch(path), self._index(component)
+        path = part["path"] if part else path
+        name = path if path in index else f"{path}.weight"  # raw parameters go by their own names
         if name not in index:
             wrong = f"has no {component + ' ' if component else ''}weight {name}{near(name, index)}"
-            raise InputError(f"--base {self.folder}", wrong, "give the base that the adapter was trained on")
+            remedy = "give the base that the adapter was trained on"
+            if self._alone:  # transformers renames the weights of some models as it loads them
+                remedy += ", or merge the loaded model: adapter.detach(merge=True), model.save_pretrained"
+            raise InputError(f"--base {self.folder}", wrong, remedy)
         return index[name]
 
     def norms(self, layers: list[Layer]) -> dict[Names, float]:

@@ -43,7 +43,8 @@ FAMILIES = {
 _SAID = sorted(
     [(word.architecture, name) for name, word in FAMILIES.items()]
     + [(word.version, name) for name, word in FAMILIES.items() if name != "flux-schnell"]
-    + [("stable-diffusion-3", "sd3"), ("sd3", "sd3"), ("flux", "flux"), ("stable-diffusion-xl", "sdxl"), ("sdxl", "sdxl")],
+    + [("stable-diffusion-3", "sd3"), ("sd3", "sd3"), ("flux", "flux")]
+    + [("stable-diffusion-xl", "sdxl"), ("sdxl", "sdxl")],
     key=lambda pair: -len(pair[0]),
 )  # fmt: skip
 _CLASSES = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
@@ -59,9 +60,11 @@ def family_of(layers: list[Layer], header: Mapping[str, str]) -> str | None:
 
     What has nothing that tells, such as a first text encoder alone, counts as SD 1.x.
     """
-    said = stated(header)
-    if said is not None:
-        return said
+    found = stated(header) or _by_layers(layers)
+    return "sd2-v" if found == "sd2" and header.get(PREDICTION) == "v" else found
+
+
+def _by_layers(layers: list[Layer]) -> str | None:
     if any(layer.component == "transformer" for layer in layers):
         return _of_transformer([layer for layer in layers if layer.component == "transformer"])
     if any(layer.component == "text_encoder_3" for layer in layers):

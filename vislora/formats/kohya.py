@@ -142,8 +142,8 @@ def parts(layers: list[Layer], header: Mapping[str, str], out: Path) -> dict[Pat
         tensors[f"{key}.lora_down.weight"] = layer.down
         tensors[f"{key}.lora_up.weight"] = layer.up
         tensors[f"{key}.alpha"] = torch.tensor(float(layer.rank))
-    kept = {key: text for key, text in header.items() if key != SGM}
-    return {out if out.suffix == ".safetensors" else out / FILE: Stored(tensors, kept | _words(family, tensors, header))}
+    words = {key: text for key, text in header.items() if key != SGM} | _words(family, tensors, header)
+    return {out if out.suffix == ".safetensors" else out / FILE: Stored(tensors, words)}
 
 
 def _words(family: str | None, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, str]:
@@ -186,4 +186,5 @@ def _placed(layers: list[Layer], family: str | None, sgm: bool) -> Iterator[tupl
         elif layer.component != "transformer":
             wrong = f"{layer.name} belongs to no component of SD 1.x, 2.x, XL, SD3 or Flux"
             raise InputError("export", wrong, NO_COMPONENT)
-    yield from (("lora_unet", layer.path, layer) for layer in (fused(transformer, group(family)) if transformer else ()))
+    for layer in fused(transformer, group(family)) if transformer else ():
+        yield "lora_unet", layer.path, layer

@@ -153,6 +153,13 @@ def require_numbers(file: Path, tensors: Mapping[str, Tensor]) -> None:
         raise InputError(str(file), wrong, "go back to an earlier checkpoint")
 
 
+def require_files_shape(layer: Layer) -> None:
+    """Raise InputError for a convolution of one or three dimensions, which other tools' layouts do not have."""
+    if layer.down.dim() not in (2, 4):
+        wrong = f"{layer.name} is a convolution of {layer.down.dim() - 2} dimensions"
+        raise InputError("export", wrong, "use adapter.save")
+
+
 def _require_product(file: Path, keys: Mapping[str, str], up: Tensor, down: Tensor) -> None:
     plain = up.dim() == down.dim() and up.dim() in (2, 4) and set(up.shape[2:]) <= {1}
     if not plain or up.shape[1] != down.shape[0] or not up.numel() or not down.numel():

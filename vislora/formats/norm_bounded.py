@@ -12,7 +12,7 @@ from torch import Tensor
 from ..adapters.nb_lora import NBLoRA
 from ..errors import InputError
 from .lora import Layer, Names, Stored
-from .ours import require_linear, site_name, stored_as
+from .ours import site_name, stored_as
 from .shrink import svd
 
 _EMPTY = 1e-7  # singular values below this share of the largest are rounding
@@ -32,10 +32,8 @@ def as_nb_lora(
     """Our own file, not yet on disk, of layers whose Schatten p-norms are below `bounds` {layer: delta}.
 
     norms: of base weights, by which a base is recognised; {} for none. rank: of the parameters, one for all layers;
-    None takes the largest that a layer needs. Raises InputError for convolutions, and for a rank that a layer is too
-    small for.
+    None takes the largest that a layer needs. Raises InputError for a rank that a layer is too small for.
     """
-    require_linear(layers)
     spectra = {layer.name: svd(layer) for layer in layers}
     rank = rank or max(int((S > _EMPTY * S[0]).sum()) for _, S, _ in spectra.values()) or 1
     small = min(layers, key=lambda layer: min(layer.shape))

@@ -183,7 +183,8 @@ def _order(name: str, up: Tensor, n: int) -> Tensor:
 
 
 _LDM_RESNET = {
-    "conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
+    "conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
 }  # fmt: skip
 _LDM_OUTER = {
     "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
@@ -193,7 +194,7 @@ _LDM_OUTER = {
 
 
 def to_ldm(path: str) -> str:
-    """A path of diffusers' SDXL UNet in the original one, which kohya's SDXL trainer builds; the inverse of `from_ldm`."""
+    """A path of diffusers' SDXL UNet in the original one, which kohya's trainer builds; the inverse of `from_ldm`."""
     if path in _LDM_OUTER:
         return _LDM_OUTER[path]
     words = path.split(".")

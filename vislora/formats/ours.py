@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,6 +79,7 @@ def read(file: Path, stored: Stored) -> LoraFile:
         if plain and (layer.rank > method.rank or (layer.rank < method.rank and method.scale != 1)):
             wrong = f"{layer.name} has rank {layer.rank} and the header says {method.rank}, which its scale depends on"
             raise InputError(str(file), wrong, "copy it again")
+    layers = [_kernel(file, la, config["kernels"].get(name)) for la, name in zip(layers, sites, strict=True)]
     stated = ", ".join(f"{k} {v}" for k, v in method.options().items() if v is not None)
     bounds = {}
     for layer, name in zip(layers, sites, strict=True):
@@ -85,6 +87,18 @@ def read(file: Path, stored: Stored) -> LoraFile:
         if bound is not None:
             bounds[layer.name] = (bound.p, bound.delta.item())
     return LoraFile(file, "vislora", layers, {"": stored}, f"{method_name}: {stated}", bounds)
+
+
+def _kernel(file: Path, layer: Layer, kernel: list[int] | None) -> Layer:
+    """A convolution's layer in the shapes that other layouts store."""
+    if kernel is None:
+        return layer
+    if math.prod(kernel) != layer.shape[1]:
+        wrong = f"{layer.name} has {layer.shape[1]} inputs and the header's kernel {kernel}"
+        raise InputError(str(file), wrong, "copy it again")
+    ones = [1] * (len(kernel) - 1)
+    up, down = layer.up.reshape(*layer.up.shape, *ones), layer.down.reshape(-1, *kernel)
+    return replace(layer, up=up, down=down, keys=None)
 
 
 @torch.no_grad()
@@ -116,6 +130,7 @@ def header_of(file: Path, stored: Stored) -> dict[str, Any]:
             "shapes": {str(name): (int(m), int(n)) for name, (m, n) in config["base"]["shapes"].items()},
             "norms": {str(name): float(norm) for name, norm in config["base"]["norms"].items()},
             "kinds": list(config["tensors"]),
+            "kernels": {str(name): [int(k) for k in kernel] for name, kernel in config.get("kernels", {}).items()},
             "seed": int(config.get("seed", 0)),
         }
     except InputError:
@@ -144,21 +159,14 @@ def parts(layers: list[Layer], header: Mapping[str, str], out: Path) -> dict[Pat
     """What to write for `layers` as our method `lora`. Raises InputError for what it does not adapt."""
     if any(layer.magnitude is not None for layer in layers):
         raise InputError("export", "our lora holds no magnitudes", "export it as diffusers or peft")
-    require_linear(layers)
     rank = max(layer.rank for layer in layers)
     tensors = {}
     for layer in folded(layers):
-        tensors[f"{site_name(layer)}.A"], tensors[f"{site_name(layer)}.B"] = layer.down, layer.up
+        tensors[f"{site_name(layer)}.A"] = layer.down.flatten(1)
+        tensors[f"{site_name(layer)}.B"] = layer.up.flatten(1)
     old = json.loads(header[HEADER])["base"]["norms"] if HEADER in header else {}
     norms = {site_name(layer): old[site_name(layer)] for layer in layers if site_name(layer) in old}
     return stored_as(LoRA(rank=rank), "lora", {"A": True, "B": True}, layers, tensors, norms, header, out)
-
-
-def require_linear(layers: list[Layer]) -> None:
-    """Raise InputError for a convolution: our own files hold updates of linear layers."""
-    for layer in layers:
-        if layer.up.dim() != 2:
-            raise InputError("vislora", f"{layer.name} is a convolution", "keep the file's own format")
 
 
 def stored_as(
@@ -183,6 +191,7 @@ def stored_as(
         "seed": 0,
         "components": list(dict.fromkeys(layer.component for layer in layers)),
         "tensors": kinds,
+        "kernels": {site_name(la): list(la.down.shape[1:]) for la in layers if la.down.dim() > 2},
         "base": {"classes": {}, "shapes": {site_name(la): list(la.shape) for la in layers}, "norms": norms},
     }
     kept = {key: text for key, text in header.items() if key != HEADER}

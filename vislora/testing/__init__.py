@@ -45,6 +45,7 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     files.two_adapters_add,
     files.detach_leaves_no_trace,
     files.copies_are_independent,
+    files.copies_outlive_the_original,
 )
 
 
