@@ -28,8 +28,8 @@ def test_the_peak_is_the_most_that_lives_at_once():
 
 def test_a_backward_keeps_activations_and_checkpointing_does_not():
     layers = nn.Sequential(*(nn.Sequential(*(nn.Linear(256, 256), nn.Sigmoid()) * 4) for _ in range(4)))
-    x = torch.randn(64, 256)  # a real one counts for nothing
-    rows, weights = 64 * KIB, list(layers[0].parameters())
+    x = torch.randn(1024, 256)  # a real one counts for nothing
+    rows, weights = 1024 * KIB, list(layers[0].parameters())
 
     def plain():
         torch.autograd.grad(layers(x).sum(), weights)
