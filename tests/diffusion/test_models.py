@@ -10,8 +10,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from tiny_sd import tiny_sd
 
 from vislora.diffusion import base as module
-from vislora.diffusion.conditioning import EmbeddingCache, encode, tokenize
 from vislora.diffusion.base import check_folder
+from vislora.diffusion.conditioning import EmbeddingCache, encode, tokenize
 from vislora.diffusion.models import load
 from vislora.errors import EnvironmentFault, InputError
 

@@ -74,7 +74,7 @@ def test_measured_peaks_are_within_15_percent(tmp_path, size):
                           capture_output=True, text=True)  # fmt: skip
     found = json.loads(done.stdout.splitlines()[-1])
     estimated = said(done.stdout)["peak"]
-    print(f"\n{size}: {estimated:.0f} MiB estimated, {found['peak']:.0f} measured (of which {found['step']:.0f} the step)")
+    print(f"\n{size}: {estimated:.0f} MiB estimated, {found['peak']:.0f} measured ({found['step']:.0f} of it the step)")
     assert estimated == pytest.approx(found["peak"], rel=0.15)
 
 

@@ -14,13 +14,15 @@ def describe(adapter: Handle, data: str, memory: str | None = None) -> str:
     trained = sum(p.numel() for p in adapter.parameters())
     held = sum(p.numel() * p.element_size() for root in adapter.roots.values() for p in root.parameters())
     copy = f", {adapter.base_copy / 2**20:.1f} MiB of the base's values" if adapter.base_copy else ""
+    certain = (
+        f"memory: {(held - 4 * trained) / 2**20:.1f} MiB of frozen models that are adapted, {16 * trained / 2**20:.1f} "
+        f"MiB of adapter, gradients and AdamW moments{copy}; activations come on top"
+    )
     lines = [
         adapter.summary(),
         data,
         f"{adapter.method_name} {adapter.method.options()}: {len(adapter.sites)} layers, {trained:,} parameters",
-        memory
-        or f"memory: {(held - 4 * trained) / 2**20:.1f} MiB of frozen models that are adapted, {16 * trained / 2**20:.1f} "
-        f"MiB of adapter, gradients and AdamW moments{copy}; activations come on top",
+        memory or certain,
         "dry run: nothing was trained or written",
     ]
     return "\n".join(lines)
