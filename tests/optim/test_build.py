@@ -117,7 +117,8 @@ def test_an_option_of_another_optimizer_is_refused(given):
 def test_prodigy_has_one_rate():
     pytest.importorskip("prodigyopt")
     adapter = attach(nn.Sequential(nn.Linear(8, 8)), "lora", rank=2)
-    optimizer = optim.from_options(DreamBoothOptions(optimizer="prodigy", learning_rate=1.0, prodigy_beta3=0.5), adapter)
+    options = DreamBoothOptions(optimizer="prodigy", learning_rate=1.0, prodigy_beta3=0.5)
+    optimizer = optim.from_options(options, adapter)
     assert type(optimizer).__name__ == "Prodigy" and optimizer.param_groups[0]["beta3"] == 0.5
     adapter.detach()
     adapter = attach(nn.Sequential(nn.Linear(8, 8)), "lora_plus", rank=2)

@@ -57,8 +57,8 @@ def scan(folder: str | Path, resolution: int) -> list[Photo]:
 
     Hidden files, Thumbs.db, folders, text sidecars and masks are passed over. InputError, with the file's name, for a
     file that cannot be used: unreadable, damaged, of another format, leading out of the folder, above MAX_PIXELS,
-    longer than 1:8, or with a side below resolution / 4 pixels. One warning each for animations, sides below `resolution`,
-    damaged EXIF or ICC blocks, equal files and files of unknown kind.
+    longer than 1:8, or with a side below resolution / 4 pixels. One warning each for animations, sides below
+    `resolution`, damaged EXIF or ICC blocks, equal files and files of unknown kind.
     """
     folder = Path(folder)
     if not folder.exists():

@@ -1,8 +1,8 @@
 """How much memory a computation takes, counted without doing it: on fake tensors, by their storages' lives.
 
 torch's fake tensors have shapes, types and devices and no numbers; running a step on them makes and frees every
-tensor that the step would, on CPU and CUDA alike. What is counted is what tensors hold. What is not: workspaces inside kernels,
-the allocator's rounding and fragments, the CUDA context.
+tensor that the step would, on CPU and CUDA alike. What is counted is what tensors hold. What is not: workspaces inside
+kernels, the allocator's rounding and fragments, the CUDA context.
 """
 
 from __future__ import annotations
