@@ -19,8 +19,14 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={word: n for n, word in enumerate(words)}, merges=[], model_max_length=TOKENS)
 
 
-def tiny_sd(folder: str | Path, prediction_type: str = "epsilon", seed: int = 0) -> Path:
-    """Write the pipeline into `folder` by `save_pretrained`. Leaves the global generator as it was."""
+def tiny_sd(
+    folder: str | Path, prediction_type: str = "epsilon", seed: int = 0, channels: tuple[int, int] = (16, 32),
+    sample_size: int = 16,
+) -> Path:  # fmt: skip
+    """Write the pipeline into `folder` by `save_pretrained`. Leaves the global generator as it was.
+
+    channels: of the UNet's blocks; sample_size: latents a side.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         words = tokenizer()
@@ -43,14 +49,14 @@ def tiny_sd(folder: str | Path, prediction_type: str = "epsilon", seed: int = 0)
             block_out_channels=(8, 16),
             norm_num_groups=4,
             mid_block_add_attention=False,
-            sample_size=32,
+            sample_size=2 * sample_size,
         )
         unet = UNet2DConditionModel(
-            sample_size=16,
+            sample_size=sample_size,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             mid_block_type="UNetMidBlock2DCrossAttn",
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            block_out_channels=(16, 32),
+            block_out_channels=channels,
             layers_per_block=1,
             cross_attention_dim=32,
             attention_head_dim=4,

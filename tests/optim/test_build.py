@@ -78,16 +78,17 @@ def test_lora_and_its_kin_are_lora_shaped_and_nothing_else():
 
 def test_the_command_line_knows_every_optimizer_and_option():
     assert list(get_args(get_type_hints(DreamBoothOptions)["optimizer"])) == [
-        "adamw", "scaled_adamw", "lora_pro", "alt_lora"] == optim.names()  # fmt: skip
+        "adamw", "adamw8bit", "prodigy", "scaled_adamw", "lora_pro", "alt_lora"] == optim.names()  # fmt: skip
     fields = DreamBoothOptions.__dataclass_fields__
-    assert {name for name in fields if name.startswith(("optimizer_", "lora_pro_", "alt_lora_"))} == set(optim._OWN)
+    own = ("optimizer_", "lora_pro_", "alt_lora_", "prodigy_")
+    assert {name for name in fields if name.startswith(own)} == set(optim._OWN)
 
 
 @pytest.mark.parametrize("method", sorted(set(vislora.methods()) - set(SHAPED)))
 def test_other_methods_are_refused_in_one_line(method):
     adapter = attach(nn.Sequential(nn.Linear(8, 8)), method, rank=2)
     optim.build("adamw", adapter, 0.1)
-    for name in optim.names()[1:]:
+    for name in ("scaled_adamw", "lora_pro", "alt_lora"):
         with pytest.raises(InputError, match=f"{name}.* {method} .*dora, lora, .*rslora$") as error:
             optim.build(name, adapter, 0.1)
         assert "\n" not in str(error.value)
@@ -111,6 +112,18 @@ def test_what_does_not_fit_is_refused():
 def test_an_option_of_another_optimizer_is_refused(given):
     with pytest.raises(InputError, match="--" + next(iter(given))):
         DreamBoothOptions(**given)
+
+
+def test_prodigy_has_one_rate():
+    pytest.importorskip("prodigyopt")
+    adapter = attach(nn.Sequential(nn.Linear(8, 8)), "lora", rank=2)
+    options = DreamBoothOptions(optimizer="prodigy", learning_rate=1.0, prodigy_beta3=0.5)
+    optimizer = optim.from_options(options, adapter)
+    assert type(optimizer).__name__ == "Prodigy" and optimizer.param_groups[0]["beta3"] == 0.5
+    adapter.detach()
+    adapter = attach(nn.Sequential(nn.Linear(8, 8)), "lora_plus", rank=2)
+    with pytest.raises(InputError, match="prodigy has one rate for all, the adapter asks for 2"):
+        optim.build("prodigy", adapter, 1.0)
 
 
 def test_options_reach_the_optimizer():

@@ -172,9 +172,8 @@ def test_every_entry_of_configs_adapters_runs(run, method):
 def test_captions_are_used(run, place, script, monkeypatch):
     for i in range(3):
         (place / "photos" / f"{i}.txt").write_text(f"c {i}\n")
-    seen = set()
-    original = script.Run.embed
-    monkeypatch.setattr(script.Run, "embed", lambda self, prompts: seen.update(prompts) or original(self, prompts))
+    seen, embed = set(), script.Denoising.embed
+    monkeypatch.setattr(script.Denoising, "embed", lambda self, prompts: seen.update(prompts) or embed(self, prompts))
     run("--train_batch_size", "3")
     assert seen == {"c 0", "c 1", "c 2"}
 
