@@ -1,8 +1,8 @@
 """Build the embedded world:  python assets/build/build.py STAGE [--option value]
 
-Stages, in order: sprites, vae, latents, unet, decoder, clip, export, measure; `all` runs every one.  `adopt` takes the
-shipped tiny-sd into an empty work folder, so that `vae` and `unet` go on from it.  Each stage keeps its state in
-~/.cache/vislora/world (or $VISLORA_WORLD_WORK) as safetensors and JSON, and goes on from there when it is run again.
+Stages, in order: sprites, vae, latents, unet, decoder, clip, export, measure, llama; `all` runs every one.  `adopt`
+takes the shipped tiny-sd into an empty work folder, so that `vae` and `unet` go on from it.  Each stage keeps its state
+in ~/.cache/vislora/world (or $VISLORA_WORLD_WORK) as safetensors and JSON, and goes on from there when it is run again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from common import setup
 def main() -> None:
     """Run one stage, or all of them in order."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    stages = ["sprites", "vae", "latents", "unet", "decoder", "clip", "export", "measure"]
+    stages = ["sprites", "vae", "latents", "unet", "decoder", "clip", "export", "measure", "llama"]
     parser.add_argument("stage", choices=[*stages, "adopt", "all"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=100, help="stop a training stage after this long")
@@ -56,6 +56,9 @@ def run(stage: str, args: argparse.Namespace) -> None:
     elif stage == "measure":
         import measure
         measure.run()
+    elif stage == "llama":
+        import train_llama
+        train_llama.train(**plan)
 
 
 if __name__ == "__main__":
