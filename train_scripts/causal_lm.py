@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
         trust_remote_code=options.trust_remote_code, attn_implementation=options.attn_implementation,
     )  # fmt: skip
     if options.packing:
-        models.require_packable(model, options.attn_implementation)
+        models.require_packable(model)
     adapter = vislora.attach(model, method, targets=options.target_words(), seed=options.seed)
     results.check_exportable(adapter, options)
     if options.dry_run:

@@ -53,7 +53,7 @@ class Plan:
         if epoch not in self._epochs:
             order = epoch_order(self.seed, epoch, len(self.lengths))
             self._epochs[epoch] = self._packed(order) if self.packing else [[i] for i in order]
-            for old in sorted(self._epochs)[:-2]:
+            for old in list(self._epochs)[:-2]:  # the first made; a start may look far ahead and come back
                 del self._epochs[old]
         return self._epochs[epoch]
 

@@ -114,13 +114,11 @@ def context_length(name: str, revision: str | None = None, trust_remote_code: bo
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def require_packable(model: nn.Module, attention: str | None) -> None:
+def require_packable(model: nn.Module) -> None:
     """Raise InputError for a model whose examples in one row could not be kept apart."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         wrong = f"{type(model).__name__} takes no positions: examples in one row would run into each other"
         raise InputError("--packing", wrong, "leave it out")
-    if attention == "flash_attention_2":
-        raise InputError("--packing", "flash_attention_2 takes no block mask", "--attn_implementation sdpa")
 
 
 def changes(adapter: Handle) -> Iterator[tuple[str, slice | None, Tensor]]:

@@ -222,5 +222,7 @@ class CausalLMOptions(TrainOptions):
             raise InputError("--validation_split_percentage", wrong, "give 50 or less")
         if self.packing and self.truncation == "parts":
             raise InputError("--packing", "rows of max_length hold no longer examples", "--truncation sequence")
+        if self.packing and self.attn_implementation == "flash_attention_2":
+            raise InputError("--packing", "flash_attention_2 takes no block mask", "--attn_implementation sdpa")
         if self.prompt_template is not None:
             template(self.prompt_template)
