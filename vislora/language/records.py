@@ -84,7 +84,7 @@ def records(
     """The records of a data set's rows, in order; all rows have the first one's format.
 
     prompt_template: a name of `TEMPLATES` or a text; None: alpaca for instructions alone.
-    train_on_prompt: the loss is taken on everything. Raises InputError, with the row's number, for rows that do not fit.
+    train_on_prompt: the loss is taken on everything. Raises InputError, with its number, for a row that does not fit.
     """
     kind, columns = format_of(rows[0], fields, flag)
     form = template(prompt_template or ("alpaca" if kind == "instruction" else "plain"))
