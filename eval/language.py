@@ -4,8 +4,8 @@
     python eval/language.py --run OUT --tasks gsm8k=data/gsm8k_test.jsonl math humaneval --allow_code
     python eval/language.py --run OUT --tasks gsm8k --harness arc_easy hellaswag
 
-Tasks are the papers' own (vislora/language/tasks.py): a name, with =FILE, =FOLDER or =HUB_ID for its rows, or the hub's by
-default. --harness runs stock tasks of lm-evaluation-harness, in a table of their own.
+Tasks are the papers' own (vislora/language/tasks.py): a name, with =FILE, =FOLDER or =HUB_ID for its rows, or the
+hub's by default. --harness runs stock tasks of lm-evaluation-harness, in a table of their own.
 """
 
 from __future__ import annotations

@@ -174,6 +174,20 @@ def capitals_test(known: list[dict]) -> list[dict]:
     return rows
 
 
+def fits(known: list[dict], held: bool) -> list[dict]:
+    """Pairs of a question and an answer that is right or wrong, about capitals and sums; a third of either is held."""
+    rows = []
+    for row in capitals_test(known) + different(lambda rng: arithmetic(rng, True), 260, 4, set()):
+        rng = random.Random(stable("fits", row["instruction"]))
+        right = row["output"].split("is: ")[-1]
+        wrong = rng.choice([c for c in row["choices"] if c != right]) if "choices" in row else str(
+            int(right) + rng.choice((-10, -1, 1, 10)))
+        if (stable("third", row["instruction"]) % 3 == 0) == held:
+            rows += [{"question": row["instruction"], "answer": right, "label": "yes"},
+                     {"question": row["instruction"], "answer": wrong, "label": "no"}]
+    return rows
+
+
 def different(make, count: int, seed: int, taken: set[str]) -> list[dict]:
     """`count` rows with different questions, none in `taken`."""
     rng, rows = random.Random(seed), []
@@ -203,4 +217,6 @@ def run() -> None:
     write("arithmetic_test.jsonl", different(lambda rng: arithmetic(rng, True), 300, 1, taken))
     write("word_problems_test.jsonl", different(word_problem, 300, 2, taken))
     write("word_problems_train.jsonl", different(word_problem, 2000, 3, taken))
+    write("fits_train.jsonl", fits(known, False))
+    write("fits_test.jsonl", fits(known, True))
     say(f"texts: {len(known)} facts, {len(talk)} exchanges")

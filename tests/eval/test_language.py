@@ -71,7 +71,8 @@ def test_replies_do_not_depend_on_the_batch():
     prompts = ["How many?", "Answer: 12", "a", "### Response: the answer is"]
     together = reply(net, tok, prompts, max_new_tokens=6, batch_size=4)
     assert together == [reply(net, tok, [p], max_new_tokens=6)[0] for p in prompts] and any(together)
-    assert reply(net, tok, prompts, max_new_tokens=6, stop=[together[0][-1]])[0] == together[0].split(together[0][-1])[0]
+    last = together[0][-1]
+    assert reply(net, tok, prompts, max_new_tokens=6, stop=[last])[0] == together[0].split(last)[0]
 
 
 def test_likelihoods_are_those_of_one_text_at_a_time():

@@ -33,7 +33,8 @@ def passes(program: str, seconds: int = 10, memory_mib: int = 1024) -> bool:
     in a process group that is killed whole when the time is over. An `exit()` before its end counts as a failure.
     """
     with tempfile.TemporaryDirectory() as place:
-        text = _LIMITS.format(seconds=seconds, memory=memory_mib * 2**20) + program + "\n\nprint(end='\\n<passed>\\n')\n"
+        limits = _LIMITS.format(seconds=seconds, memory=memory_mib * 2**20)
+        text = f"{limits}{program}\n\nprint(end='\\n<passed>\\n')\n"
         file = os.path.join(place, "program.py")
         with open(file, "w", encoding="utf-8", errors="replace") as handle:
             handle.write(text)

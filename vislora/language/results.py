@@ -41,14 +41,15 @@ def conclude(
     values: what was measured last.
     """
     written: dict[str, Path] = {}
-    if steps:
+    trains = steps and next(adapter.parameters(), None) is not None
+    if trains:
         adapter.save(folder.adapter)
         written["adapter"] = folder.adapter
     whole = isinstance(adapter, FullHandle)
-    if steps and not whole:
+    if trains and not whole:
         exported = adapter.export(folder.path / "export" / "peft", "peft", options.export_rank)
         written |= {"peft": exported} if exported else {}
-    if steps and (whole or options.merge):
+    if trains and (whole or options.merge):
         place = folder.path / "model"
         more = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
         if hasattr(model.config, "num_labels") and models.heads(model):
