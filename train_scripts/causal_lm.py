@@ -1,0 +1,283 @@
+"""Causal language models: fine-tune one on instructions, conversations or text, by any adapter.
+
+On the embedded world, offline, in a minute or two on two CPU cores:
+
+    accelerate launch train_scripts/causal_lm.py --adapter sorsa --rank 16
+
+A paper's run, whole, on its own model and data (configs/paper has them all):
+
+    accelerate launch train_scripts/causal_lm.py --config configs/paper/sorsa_llama2_7b_metamath.yaml
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, get_scheduler
+
+import vislora
+from vislora import adapters, config, distributed, optim, world
+from vislora.baselines import BASELINES
+from vislora.errors import InputError, run_script
+from vislora.language import models, results
+from vislora.language.batches import Plan, collate
+from vislora.language.data import Data
+from vislora.language.evaluation import Evaluation
+from vislora.language.loss import share, token_losses
+from vislora.language.options import FREE_ON_RESUME, CausalLMOptions
+from vislora.language.sharding import complete, plain_adapter, require_served
+from vislora.training import checkpoint, telemetry
+from vislora.training.cores import use_cores
+from vislora.training.dry_run import describe
+from vislora.training.random import first_position, generator
+from vislora.training.resume import load_state, require_same_run, save_state
+from vislora.training.run import InterruptFlag, RunFolder
+from vislora.training.schedule import first_rate
+
+
+def main(argv: list[str]) -> None:
+    options, method = parse(argv)
+    models.quiet()
+    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    precision = accelerator.mixed_precision
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("--mixed_precision", "fp16 is not supported on a CPU", "take bf16 or no")
+    require_served(accelerator, options, method)
+    torch.backends.cuda.matmul.allow_tf32 = options.tf32
+    use_cores(accelerator.num_processes, options.cpu_threads)
+
+    # Everything that can be known to be wrong is found before anything large is loaded.
+    RunFolder.check(options.output_dir, options.resume_from_checkpoint)
+    name = options.model_name_or_path
+    tokenizer = models.load_tokenizer(options.tokenizer_name or name, options.revision, options.trust_remote_code)
+    with accelerator.main_process_first():  # others find the hub's files in the cache
+        data = Data.read(options, tokenizer, models.context_length(name, options.revision, options.trust_remote_code))
+    model = models.load(
+        AutoModelForCausalLM, name, dtype=models.weight_dtype(options.dtype, precision, method),
+        device=accelerator.device, quantized=models.quantization(options), revision=options.revision,
+        trust_remote_code=options.trust_remote_code, attn_implementation=options.attn_implementation,
+    )  # fmt: skip
+    if options.packing:
+        models.require_packable(model)
+    adapter = vislora.attach(model, method, targets=options.target_words(), seed=options.seed)
+    results.check_exportable(adapter, options)
+    if options.dry_run:
+        print(describe(adapter, data.line))
+        return
+    main_process = accelerator.is_main_process
+    folder = RunFolder.create(options.output_dir, options.resume_from_checkpoint) if main_process else None
+    (path,) = broadcast_object_list([str(folder.path) if folder else None])
+    with folder or RunFolder(Path(path)) as folder:
+        Run(options, adapter, accelerator, model, tokenizer, data, folder).go()
+
+
+def parse(argv: list[str]) -> tuple[CausalLMOptions, vislora.Method]:
+    """The options; those of the embedded world where neither a model nor data are named."""
+    words = dict(
+        prog="causal_lm.py", description=__doc__.splitlines()[0],
+        methods={name: adapters.get(name) for name in vislora.methods()} | BASELINES,
+    )  # fmt: skip
+    options, method = config.parse(CausalLMOptions, argv, **words)
+    if options.model_name_or_path is None and options.dataset_name is None:
+        options, method = config.parse(CausalLMOptions, argv, base=world.defaults("causal_lm"), **words)
+    options.require_both("dataset_name")
+    optim.require_fit(options.optimizer, method)
+    return options, method
+
+
+class Run:
+    """One training run, from the frozen model to the exported adapter."""
+
+    def __init__(self, options, adapter, accelerator, model, tokenizer, data, folder):
+        self.options, self.adapter, self.folder = options, adapter, folder
+        self.accelerator, self.inner, self.tokenizer, self.data = accelerator, model, tokenizer, data
+        self.main, self.device = accelerator.is_main_process, accelerator.device
+        self.trains = next(adapter.parameters(), None) is not None
+        self.evaluation = Evaluation(options, data.held_out, tokenizer, folder.samples)
+        self.mask_dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        self.plan = Plan([len(e) for e in data.examples], options.seed, options.packing, options.max_length)
+        self.a_step = (
+            options.per_device_train_batch_size * options.gradient_accumulation_steps * accelerator.num_processes
+        )
+        self.total = options.max_train_steps or math.ceil(self.plan.rows(options.num_train_epochs) / self.a_step)
+        if options.gradient_checkpointing:
+            models.checkpointing(model)
+        self.model, self.finite = model, True
+        if not self.trains:
+            self.model = accelerator.prepare_model(model, evaluation_mode=True)
+            return
+        optimizer = optim.from_options(options, adapter)
+        self.scheduler = get_scheduler(
+            options.lr_scheduler_type, optimizer, num_warmup_steps=options.warmup(self.total),
+            num_training_steps=self.total,
+        )  # fmt: skip
+        with plain_adapter(accelerator, adapter, optimizer):
+            self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        adapter.bind(self.optimizer, self.total, first_rate(self.scheduler, self.total))
+
+    def go(self) -> None:
+        """Train, from the start or a checkpoint, and leave the run's results in its folder."""
+        o, start = self.options, 0 if self.options.resume_from_checkpoint is None else self.resume()
+        if self.main:
+            again = replace(o, output_dir=None, resume_from_checkpoint=None)
+            self.folder.write_config(config.to_dict(again, self.adapter.method))
+        with telemetry.Log(self.folder, o.report_to if self.main else "none") as log, InterruptFlag() as stop:
+            if start == 0:
+                self.evaluate(0, log)
+            if start == 0 and self.trains:
+                steps = itertools.count()  # a data-driven start sees the run's first batches
+                self.adapter.prepare(lambda: self.backward(next(steps))["loss"])
+            if self.trains:
+                self.train(start, log, stop)
+            if not stop:
+                values = self.evaluate(self.total, log) if self.trains else self.values
+                self.finish(values)
+        if stop:
+            again = f"--output_dir {self.folder.path} --resume_from_checkpoint latest"
+            print(f"vislora: stopped by a signal; to go on, add {again}", file=sys.stderr)
+            raise SystemExit(stop.status)
+
+    def train(self, start: int, log: telemetry.Log, stop: InterruptFlag) -> None:
+        """Optimizer steps start + 1 to the last; each goes by the numbers step and seed alone."""
+        o = self.options
+        bar = tqdm(total=self.total, initial=start, desc="training", disable=not self.main)
+        sums: dict[str, torch.Tensor] = {}
+        logged, since, tokens = start, time.perf_counter(), 0
+        self.model.train()
+        for step in range(start, self.total):
+            parts = self.backward(step)
+            complete(self.accelerator, self.adapter)
+            parameters = list(self.adapter.parameters())
+            if o.max_grad_norm is not None:
+                parts["grad_norm"] = self.accelerator.clip_grad_norm_(parameters, o.max_grad_norm)
+            if o.penalty_unclipped and self.adapter.method.has_penalty():
+                parts["penalty"] = self.adapter.penalty()
+                self.accelerator.backward(parts["penalty"])
+            self.require_finite(parts, step)
+            rate = self.scheduler.get_last_lr()[0]  # of this step
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if not self.accelerator.optimizer_step_was_skipped:
+                self.scheduler.step()
+            sums = {name: sums.get(name, 0) + value.detach().float() for name, value in parts.items()}
+            tokens += sum(len(self.data.examples[i]) for q in self.window(step) for i in self.plan.row(q))
+            done = step + 1
+            bar.update()
+            if done % o.logging_steps == 0 or done == self.total:
+                sums = {name: distributed.mean(value, self.device) for name, value in sums.items()}
+                took = time.perf_counter() - since
+                values = {name: float(value) / (done - logged) for name, value in sums.items()}
+                values |= {"lr": rate, "seconds_per_step": took / (done - logged), "tokens_per_second": tokens / took}
+                values["epoch"] = done * self.a_step / self.plan.rows(1)
+                values["memory_mib"] = models.memory_mib(self.device)
+                if self.main:
+                    by_site, largest = telemetry.layers(self.adapter)
+                    log.write(done, values | largest, by_site)
+                    bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{values['lr']:.1e}")
+                sums, logged, since, tokens = {}, done, time.perf_counter(), 0
+            if self.main and (done % o.save_steps == 0 or stop):
+                self.save(done)
+            if o.eval_steps and done % o.eval_steps == 0 and done < self.total:
+                self.evaluate(done, log)
+                since = time.perf_counter()
+            if stop:
+                break
+        bar.close()
+        self.model.eval()
+
+    def window(self, step: int) -> range:
+        """The rows of optimizer step `step`: of all its batches, on all processes."""
+        return range(step * self.a_step, (step + 1) * self.a_step)
+
+    def backward(self, step: int) -> dict[str, torch.Tensor]:
+        """Forward and backward over optimizer step `step`'s batches. Returns this process's part of the mean loss."""
+        o, total, micros = self.options, 0, self.options.gradient_accumulation_steps
+        window = self.data.targets(i for q in self.window(step) for i in self.plan.row(q))
+        penalty = self.adapter.penalty() if self.adapter.method.has_penalty() and not o.penalty_unclipped else None
+        for micro in range(micros):
+            position = first_position(
+                step, micro, self.accelerator.process_index, batch=o.per_device_train_batch_size, accumulation=micros,
+                world=self.accelerator.num_processes,
+            )  # fmt: skip
+            torch.manual_seed(generator(o.seed, "dropout", position).initial_seed())  # dropout knows no generators
+            last = micro == micros - 1
+            rows = [self.plan.row(q) for q in range(position, position + o.per_device_train_batch_size)]
+            examples = [[self.data.examples[i] for i in row] for row in rows]
+            batch = collate(examples, self.tokenizer.pad_token_id, self.mask_dtype, self.device, o.packing)
+            labels, own = batch.pop("labels"), self.data.targets(i for row in rows for i in row)
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = token_losses(self.model(**batch).logits, labels)
+                loss = share(loss, own, window, o.loss_normalization, micros, self.accelerator.num_processes)
+                total = total + loss.detach()
+                # once an optimizer step, whatever the accumulation
+                self.accelerator.backward(loss if penalty is None or not last else loss + penalty)
+        return {"loss": total} if penalty is None else {"loss": total, "penalty": penalty.detach()}
+
+    def require_finite(self, parts: dict[str, torch.Tensor], step: int) -> None:
+        """Stop before a step that would put NaN into what trains; what was saved before stays whole."""
+        watched = ("loss",) if self.accelerator.scaler else ("loss", "grad_norm")  # a scaler skips such steps by itself
+        for name in watched:
+            if name in parts and not math.isfinite(float(parts[name])):
+                wrong = f"{name} is {float(parts[name])} at step {step + 1}: the run diverged"
+                raise InputError("--learning_rate", wrong, f"lower {self.options.learning_rate:g}, or warm up longer")
+
+    def evaluate(self, step: int, log: telemetry.Log) -> dict[str, float]:
+        """Loss, samples and answers of held-out data, logged and printed; chance in the run is left as it was."""
+        state = torch.random.get_rng_state()
+        self.values = self.evaluation.measure(self.model, self.inner, step, self.accelerator, self.main)
+        torch.random.set_rng_state(state)
+        if self.main and self.values:
+            log.write(step, self.values, {})
+            tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in self.values.items()))
+        return self.values
+
+    def about(self) -> dict:
+        own = {"adapter_options": self.adapter.method.options()}
+        return {"config": config.to_dict(self.options) | own, "data": self.data.digest}
+
+    def save(self, step: int) -> None:
+        save_state(
+            self.folder.checkpoints, step, self.adapter, self.optimizer.optimizer, self.scheduler,
+            self.accelerator.scaler, self.about(), self.options.save_total_limit,
+        )  # fmt: skip
+
+    def resume(self) -> int:
+        """Bring the run back to its checkpoint; returns the step to go on from."""
+        if not self.trains:
+            wrong = f"--adapter {self.adapter.method_name} makes no steps to go on with"
+            raise InputError("--resume_from_checkpoint", wrong, "leave it out")
+        saved = checkpoint.load(checkpoint.resolve(self.folder.checkpoints, self.options.resume_from_checkpoint))
+        about = self.about()
+        require_same_run(saved.state["config"], about["config"], FREE_ON_RESUME)
+        if saved.state["data"] != about["data"]:
+            wrong = "holds other rows than the run began with"
+            raise InputError(self.options.dataset_name, wrong, "restore them, or start a new run")
+        load_state(saved, self.adapter, self.optimizer.optimizer, self.scheduler, self.accelerator.scaler)
+        if self.main:
+            self.folder.rewind(saved.step)
+            print(f"resumed {saved.path} at step {saved.step}")
+        return saved.step
+
+    def finish(self, values: dict[str, float]) -> None:
+        """The adapter in our format and in PEFT's, the whole model where it is asked for, metrics, the card."""
+        if self.main:
+            results.conclude(
+                self.folder, self.options, self.adapter, self.inner, self.tokenizer, AutoModelForCausalLM,
+                self.total if self.trains else 0, values, self.device,
+            )  # fmt: skip
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    run_script(main)

@@ -1,0 +1,277 @@
+"""Sequence classification: GLUE's tasks, or any texts with labels, by any adapter and a head that trains beside it.
+
+    accelerate launch train_scripts/sequence_classification.py --adapter lora_sb --rank 8 \
+        --model_name_or_path FacebookAI/roberta-large --task_name mrpc
+
+    accelerate launch train_scripts/sequence_classification.py --adapter lora_sb --rank 8
+
+The second runs on the embedded world: does an answer fit its question? Its tiny Llama knows the capitals and the sums.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import AutoModelForSequenceClassification, get_scheduler
+
+import vislora
+from vislora import adapters, config, distributed, optim, world
+from vislora.baselines import BASELINES
+from vislora.errors import InputError, run_script
+from vislora.language import models, results
+from vislora.language.batches import Plan
+from vislora.language.classification import ClassificationOptions, Labelled, WithHead, collate, encoder_targets
+from vislora.language.metrics import METRICS
+from vislora.language.options import FREE_ON_RESUME
+from vislora.language.sharding import is_sharded
+from vislora.training import checkpoint, telemetry
+from vislora.training.cores import use_cores
+from vislora.training.dry_run import describe
+from vislora.training.random import first_position, generator
+from vislora.training.resume import load_state, require_same_run, save_state
+from vislora.training.run import InterruptFlag, RunFolder
+from vislora.training.schedule import first_rate
+
+AUTO = AutoModelForSequenceClassification
+
+
+def main(argv: list[str]) -> None:
+    options, method = parse(argv)
+    models.quiet()
+    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    precision = accelerator.mixed_precision
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("--mixed_precision", "fp16 is not supported on a CPU", "take bf16 or no")
+    if is_sharded(accelerator):
+        raise InputError("accelerate launch", "this script does not shard its model", "take DDP")
+    torch.backends.cuda.matmul.allow_tf32 = options.tf32
+    use_cores(accelerator.num_processes, options.cpu_threads)
+
+    RunFolder.check(options.output_dir, options.resume_from_checkpoint)
+    name, more = options.model_name_or_path, {"trust_remote_code": options.trust_remote_code}
+    tokenizer = models.load_tokenizer(options.tokenizer_name or name, options.revision, options.trust_remote_code)
+    with accelerator.main_process_first():
+        data = Labelled.read(options, tokenizer)
+    torch.manual_seed(generator(options.seed, "head").initial_seed())  # transformers draws the head from it
+    model = models.load(
+        AUTO, name, dtype=models.weight_dtype(options.dtype, precision, method), device=accelerator.device,
+        quantized=models.quantization(options), revision=options.revision, num_labels=max(1, len(data.classes)),
+        attn_implementation=options.attn_implementation, ignore_mismatched_sizes=True, **more,
+    )  # fmt: skip
+    model.config.pad_token_id = tokenizer.pad_token_id  # decoders classify by the last token before the padding
+    if data.classes:
+        model.config.id2label, model.config.label2id = (
+            dict(enumerate(data.classes)), {word: i for i, word in enumerate(data.classes)}
+        )  # fmt: skip
+    for _, head in models.heads(model):
+        head.float()
+    targets = options.target_words() or (encoder_targets(model) if isinstance(method, vislora.Method) else None)
+    adapter = vislora.attach(model, method, targets=targets, seed=options.seed)
+    results.check_exportable(adapter, options)
+    if options.dry_run:
+        print(describe(adapter, f"{len(data.train)} examples, {len(data.held)} held out, {data.cut} were cut"))
+        return
+    main_process = accelerator.is_main_process
+    folder = RunFolder.create(options.output_dir, options.resume_from_checkpoint) if main_process else None
+    (path,) = broadcast_object_list([str(folder.path) if folder else None])
+    with folder or RunFolder(Path(path)) as folder:
+        Run(options, WithHead(adapter, model), accelerator, model, tokenizer, data, folder).go()
+
+
+def parse(argv: list[str]) -> tuple[ClassificationOptions, vislora.Method]:
+    """The options; those of the embedded world where neither a model nor data are named."""
+    words = dict(
+        prog="sequence_classification.py", description=__doc__.splitlines()[0],
+        methods={name: adapters.get(name) for name in vislora.methods()} | BASELINES,
+    )  # fmt: skip
+    options, method = config.parse(ClassificationOptions, argv, **words)
+    if (options.model_name_or_path, options.train_file, options.task_name) == (None, None, None):
+        options, method = config.parse(
+            ClassificationOptions, argv, base=world.defaults("sequence_classification"), **words
+        )
+    options.require_both("task_name" if options.train_file is None else "train_file")
+    optim.require_fit(options.optimizer, method)
+    return options, method
+
+
+class Run:
+    """One training run, from the frozen model to the saved adapter and head."""
+
+    def __init__(self, options, adapter, accelerator, model, tokenizer, data, folder):
+        self.options, self.adapter, self.folder = options, adapter, folder
+        self.accelerator, self.inner, self.tokenizer, self.data = accelerator, model, tokenizer, data
+        self.main, self.device = accelerator.is_main_process, accelerator.device
+        self.plan = Plan([len(ids) for ids in data.train], options.seed)
+        self.micros = options.gradient_accumulation_steps
+        self.a_step = options.per_device_train_batch_size * self.micros * accelerator.num_processes
+        self.an_epoch = math.ceil(len(data.train) / self.a_step)
+        self.total = options.max_train_steps or math.ceil(options.num_train_epochs * len(data.train) / self.a_step)
+        if options.gradient_checkpointing:
+            models.checkpointing(model)
+        handle = adapter.adapter
+        groups = list(adapter.head.values())
+        if next(handle.parameters(), None) is None:  # the linear probe
+            optimizer = torch.optim.AdamW(
+                groups, lr=options.head_learning_rate or options.learning_rate, weight_decay=options.adam_weight_decay,
+                betas=(options.adam_beta1, options.adam_beta2), eps=options.adam_epsilon,
+            )  # fmt: skip
+        else:
+            optimizer = optim.from_options(options, handle)
+            if groups:
+                rate = options.head_learning_rate or options.learning_rate
+                optimizer.add_param_group({"params": groups, "lr": rate, "name": "head"})
+        self.scheduler = get_scheduler(
+            options.lr_scheduler_type, optimizer, num_warmup_steps=options.warmup(self.total),
+            num_training_steps=self.total,
+        )  # fmt: skip
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if next(handle.parameters(), None) is not None:
+            handle.bind(self.optimizer, self.total, first_rate(self.scheduler, self.total))
+
+    def go(self) -> None:
+        """Train, from the start or a checkpoint, and leave the run's results in its folder."""
+        o, start = self.options, 0 if self.options.resume_from_checkpoint is None else self.resume()
+        if self.main:
+            again = replace(o, output_dir=None, resume_from_checkpoint=None)
+            self.folder.write_config(config.to_dict(again, self.adapter.method))
+        with telemetry.Log(self.folder, o.report_to if self.main else "none") as log, InterruptFlag() as stop:
+            if start == 0:
+                steps = itertools.count()  # a data-driven start sees the run's first batches
+                self.adapter.prepare(lambda: self.backward(next(steps))["loss"])
+                self.optimizer.zero_grad()
+            self.best: dict[str, float] = {}
+            self.train(start, log, stop)
+            if self.main and not stop:
+                values = {**self.evaluate(self.total, log), **{f"best_{k}": v for k, v in self.best.items()}}
+                self.adapter.save(self.folder.adapter)
+                results.conclude(
+                    self.folder, o, self.adapter.adapter, self.inner, self.tokenizer, AUTO, self.total, values,
+                    self.device,
+                )  # fmt: skip
+        if stop:
+            again = f"--output_dir {self.folder.path} --resume_from_checkpoint latest"
+            print(f"vislora: stopped by a signal; to go on, add {again}", file=sys.stderr)
+            raise SystemExit(stop.status)
+
+    def train(self, start: int, log: telemetry.Log, stop: InterruptFlag) -> None:
+        """Optimizer steps start + 1 to the last; each goes by the numbers step and seed alone."""
+        o, sums = self.options, {}
+        bar = tqdm(total=self.total, initial=start, desc="training", disable=not self.main)
+        logged, since = start, time.perf_counter()
+        self.model.train()
+        for step in range(start, self.total):
+            parts = self.backward(step)
+            if o.max_grad_norm is not None:
+                norm = self.accelerator.clip_grad_norm_(list(self.adapter.parameters()), o.max_grad_norm)
+                parts["grad_norm"] = norm
+            if not self.accelerator.scaler and not all(math.isfinite(float(value)) for value in parts.values()):
+                wrong = f"the loss or its gradient is not finite at step {step + 1}: the run diverged"
+                raise InputError("--learning_rate", wrong, f"lower {o.learning_rate:g}, or warm up longer")
+            rate = self.scheduler.get_last_lr()[0]  # of this step
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if not self.accelerator.optimizer_step_was_skipped:
+                self.scheduler.step()
+            sums = {name: sums.get(name, 0) + value.detach().float() for name, value in parts.items()}
+            done = step + 1
+            bar.update()
+            if done % o.logging_steps == 0 or done == self.total:
+                values = {k: float(distributed.mean(v, self.device)) / (done - logged) for k, v in sums.items()}
+                values |= {"lr": rate, "seconds_per_step": (time.perf_counter() - since) / (done - logged)}
+                values["memory_mib"] = models.memory_mib(self.device)
+                if self.main:
+                    by_site, largest = telemetry.layers(self.adapter.adapter)
+                    log.write(done, values | largest, by_site)
+                    bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{values['lr']:.1e}")
+                sums, logged, since = {}, done, time.perf_counter()
+            if self.main and (done % o.save_steps == 0 or stop):
+                self.save(done)
+            if self.main and done % (o.eval_steps or self.an_epoch) == 0 and done < self.total:
+                self.evaluate(done, log)
+                since = time.perf_counter()
+            if stop:
+                break
+        bar.close()
+        self.model.eval()
+
+    def backward(self, step: int) -> dict[str, torch.Tensor]:
+        """Forward and backward over optimizer step `step`'s batches. Returns the mean loss and the penalty."""
+        o, total = self.options, 0
+        penalty = self.adapter.penalty() if self.adapter.method.has_penalty() else None
+        for micro in range(self.micros):
+            position = first_position(
+                step, micro, self.accelerator.process_index, batch=o.per_device_train_batch_size,
+                accumulation=self.micros, world=self.accelerator.num_processes,
+            )  # fmt: skip
+            torch.manual_seed(generator(o.seed, "dropout", position).initial_seed())  # dropout knows no generators
+            chosen = [self.plan.row(q)[0] for q in range(position, position + o.per_device_train_batch_size)]
+            batch = collate([self.data.train[i] for i in chosen], self.tokenizer, self.device)
+            labels = torch.tensor([self.data.train_labels[i] for i in chosen], device=self.device)
+            last = micro == self.micros - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                logits = self.model(**batch).logits.float()
+                one = F.cross_entropy(logits, labels.long()) if self.data.classes else F.mse_loss(logits[:, 0], labels)
+                one = one / self.micros
+                total = total + one.detach()
+                self.accelerator.backward(one if penalty is None or not last else one + penalty)
+        return {"loss": total} if penalty is None else {"loss": total, "penalty": penalty.detach()}
+
+    @torch.no_grad()
+    def evaluate(self, step: int, log: telemetry.Log) -> dict[str, float]:
+        """The metrics of the held-out rows, by the model behind any wrapper; the best of each is kept beside."""
+        found: list[float] = []
+        training, size = self.inner.training, self.options.per_device_eval_batch_size
+        self.inner.eval()
+        for at in range(0, len(self.data.held), size):
+            batch = collate(self.data.held[at : at + size], self.tokenizer, self.device)
+            logits = self.inner(**batch).logits.float()
+            found += (logits.argmax(-1) if self.data.classes else logits[:, 0]).tolist()
+        self.inner.train(training)
+        wanted = [int(x) for x in self.data.held_labels] if self.data.classes else self.data.held_labels
+        values = {f"eval_{name}": METRICS[name](found, wanted) for name in self.data.metrics}
+        self.best = {name: max(value, self.best.get(name, value)) for name, value in values.items()}
+        log.write(step, values, {})
+        tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        return values
+
+    def about(self) -> dict:
+        own = {"adapter_options": self.adapter.method.options()}
+        digest = sha256(repr((self.data.train, self.data.train_labels)).encode()).hexdigest()
+        return {"config": config.to_dict(self.options) | own, "data": digest}
+
+    def save(self, step: int) -> None:
+        save_state(
+            self.folder.checkpoints, step, self.adapter, self.optimizer.optimizer, self.scheduler,
+            self.accelerator.scaler, self.about(), self.options.save_total_limit,
+        )  # fmt: skip
+
+    def resume(self) -> int:
+        """Bring the run back to its checkpoint; returns the step to go on from."""
+        saved = checkpoint.load(checkpoint.resolve(self.folder.checkpoints, self.options.resume_from_checkpoint))
+        about = self.about()
+        require_same_run(saved.state["config"], about["config"], FREE_ON_RESUME)
+        if saved.state["data"] != about["data"]:
+            raise InputError("--train_file", "holds other rows than the run began with", "restore them, or start anew")
+        load_state(saved, self.adapter, self.optimizer.optimizer, self.scheduler, self.accelerator.scaler)
+        if self.main:
+            self.folder.rewind(saved.step)
+            print(f"resumed {saved.path} at step {saved.step}")
+        return saved.step
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    run_script(main)

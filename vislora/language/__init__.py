@@ -1,0 +1,1 @@
+"""What the language scripts share: data, templates, masks, packing, losses, models, generation, scoring."""
