@@ -1,0 +1,204 @@
+"""eval/sweep.py over a script of a few lines: what it runs, skips, chooses, and writes."""
+
+import csv
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vislora.errors import InputError
+from vislora.sweep import table
+from vislora.sweep.plan import Setting, read
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """\
+import json, sys, time
+from pathlib import Path
+import yaml
+args = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+given, out = yaml.safe_load(open(args["--config"])), Path(args["--output_dir"])
+out.mkdir(parents=True, exist_ok=True)
+with open(given["journal"], "a") as journal:
+    journal.write(json.dumps({**given, "resumed": "--resume_from_checkpoint" in args}) + "\\n")
+if given.get("wait"):
+    (out / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
+    if "--resume_from_checkpoint" not in args:
+        print("waiting", flush=True)
+        time.sleep(60)
+if given.get("broken"):
+    sys.exit("no such photo")
+score = given["rate"] * 10 + given["seed"] + (given.get("offset") or 0)
+(out / "metrics.json").write_text(json.dumps({"score": score, "deep": [{"rate": given["rate"]}]}))
+"""
+AFTER = "import sys, json, pathlib\n(pathlib.Path(sys.argv[2]) / 'after.json').write_text(json.dumps({'x': 4}))\n"
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("sweep_script", ROOT / "eval/sweep.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows_of(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def sweep(tmp_path, capsys):
+    """run(body, *flags) -> (exit status, output); also the journal of the script's runs, and the folder of results."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "after.py").write_text(AFTER)
+
+    class Sweep:
+        out, file, journal = tmp_path / "out", tmp_path / "plan.yaml", tmp_path / "journal"
+
+        def write(self, **body):
+            base = {"script": str(tmp_path / "script.py"), "fixed": {"rate": 1, "journal": str(self.journal)},
+                    "methods": {"lora": {"adapter": "lora"}}, "collect": {"score": "metrics.json:score"}}  # fmt: skip
+            base["fixed"] |= body.pop("fixed", {})
+            self.file.write_text(yaml.safe_dump(base | body, sort_keys=False))
+
+        def start(self, *flags):
+            command = [sys.executable, str(ROOT / "eval/sweep.py"), "--config", str(self.file)]
+            return subprocess.Popen([*command, "--output_dir", str(self.out), *flags], stdout=subprocess.PIPE,
+                                    stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                                    start_new_session=True)  # fmt: skip
+
+        def run(self, *flags):
+            """In this process, which is quicker: what it said, and its exit status."""
+            code, before = 0, [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+            try:
+                load_script().main(["--config", str(self.file), "--output_dir", str(self.out), *flags])
+            except SystemExit as ended:
+                code = ended.code
+            for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+                signal.signal(number, handler)
+            return "".join(capsys.readouterr()), code
+
+        def runs(self):
+            return [json.loads(line) for line in self.journal.read_text().splitlines()] if self.journal.exists() else []
+
+        def table(self):
+            return {(r["method"], *r["settings"].values()): r["values"] for r in self.means()}
+
+        def means(self):
+            return json.loads((self.out / "table.json").read_text())["rows"]
+
+    return Sweep()
+
+
+def test_a_grid_runs_once_and_a_changed_one_only_what_changed(sweep):
+    sweep.write(seeds=[0, 2], grid={"rate": [1, 3]}, evaluate=["%s --run {run}" % (sweep.file.parent / "after.py")],
+                collect={"score": "metrics.json:score", "rate": "metrics.json:deep.0.rate", "x": "after.json:x"})
+    said, code = sweep.run("--workers", "2")
+    assert code == 0, said
+    assert sorted((r["rate"], r["seed"]) for r in sweep.runs()) == [(1, 0), (1, 2), (3, 0), (3, 2)]
+    row = sweep.table()["lora", 3]
+    # Scores 30 and 32: mean 31, and t(0.975, 1) = 12.706 times the standard error 1.
+    assert row["score"]["mean"] == 31 and row["score"]["half"] == pytest.approx(12.7062, abs=1e-3)
+    assert row["rate"]["mean"] == 3 and row["x"] == {"mean": 4.0, "half": 0.0, "seeds": 2}
+    assert sweep.run()[1] == 0 and len(sweep.runs()) == 4
+    sweep.write(seeds=[0, 2], grid={"rate": [1, 5]}, evaluate=["%s --run {run}" % (sweep.file.parent / "after.py")])
+    assert sweep.run()[1] == 0
+    assert [(r["rate"], r["seed"]) for r in sweep.runs()[4:]] == [(5, 0), (5, 2)]
+    cells = rows_of(sweep.out / "cells.csv")
+    assert [(c["rate"], c["seed"], float(c["score"])) for c in cells][-1] == ("5", "2", 52.0)
+
+
+def test_a_failed_cell_is_named_stops_nothing_and_is_tried_again(sweep):
+    sweep.write(methods={"good": {}, "bad": {"broken": True}})
+    said, code = sweep.run()
+    assert code == 1 and "bad, seed=0: FAILED: exit 1: no such photo" in said and "1 cells failed" in said
+    assert "bad (1 failed)" in (sweep.out / "table.md").read_text()
+    assert sweep.table()["good",]["score"]["mean"] == 10 and sweep.table()["bad",]["score"] is None
+    sweep.run()
+    assert [bool(r.get("broken")) for r in sweep.runs()] == [False, True, True]
+
+
+def test_an_interrupted_sweep_goes_on_from_the_checkpoint(sweep):
+    sweep.write(methods={"first": {}, "second": {"wait": True}})
+    child = sweep.start()
+    end = time.monotonic() + 60
+    while len(sweep.runs()) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    child.send_signal(signal.SIGINT)
+    said, _ = child.communicate(timeout=60)
+    assert child.returncode == 130 and "goes on from here" in said
+    assert sweep.run()[1] == 0
+    assert [(bool(r.get("wait")), r["resumed"]) for r in sweep.runs()] == [(False, False), (True, False), (True, True)]
+    assert set(sweep.table()) == {("first",), ("second",)}
+
+
+def test_the_tuned_rate_is_chosen_for_each_method_on_other_seeds(sweep):
+    tune = {"rate": {"values": [1, 4, 2], "by": "score", "goal": "max", "seeds": [7]}}
+    sweep.write(methods={"up": {}, "down": {"offset": 1}}, tune=tune, seeds=[0, 1])
+    said, code = sweep.run()
+    assert code == 0 and "up: rate = 4, by score" in said
+    runs = sweep.runs()
+    assert [r["rate"] for r in runs if r["seed"] == 7] == [1, 4, 2] * 2
+    assert {r["rate"] for r in runs if r["seed"] != 7} == {4}
+    assert json.loads((sweep.out / "table.json").read_text())["chosen"] == {"up": {"rate": 4}, "down": {"rate": 4}}
+    # The whole tuning grid stays among the cells, and out of the table's means.
+    assert sum(c["tuning"] == "rate" for c in rows_of(sweep.out / "cells.csv")) == 6
+    assert sweep.table()["up",]["score"]["mean"] == 40.5
+
+
+def test_dry_run_and_only(sweep):
+    sweep.write(seeds=[0, 1], grid={"rate": [1, 2]})
+    said, _ = sweep.run("--only", "rate=2,seed=1")
+    assert [(r["rate"], r["seed"]) for r in sweep.runs()] == [(2, 1)] and "lora, rate=2, seed=1" in said
+    said, _ = sweep.run("--dry_run")
+    assert said.count("to run lora") == 3 and said.count("done   lora") == 1 and "4 cells, 3 to run: about" in said
+    assert len(sweep.runs()) == 1
+
+
+def test_one_factor_at_a_time_shares_the_run_of_the_centre(sweep):
+    sweep.write(factors={"rate": [1, 2], "offset": {"values": [0, 5], "methods": ["lora"]}}, fixed={"offset": 0})
+    assert sweep.run()[1] == 0
+    assert sorted((r["rate"], r["offset"]) for r in sweep.runs()) == [(1, 0), (1, 5), (2, 0)]
+    rows = [(r["settings"], r["values"]["score"]["mean"]) for r in sweep.means()]
+    assert rows == [({}, 10), ({"rate": 1}, 10), ({"rate": 2}, 20), ({"offset": 0}, 10), ({"offset": 5}, 15)]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"grd": {}}, "grd: is no part of a sweep (did you mean grid?)"),
+        ({"methods": {}}, "has no methods"),
+        ({"methods": ["lora"]}, "methods: is list"),
+        ({"seeds": 3}, "seeds: is 3"),
+        ({"grid": {"rate": 3}}, "grid, rate: is 3"),
+        ({"grid": {"rate": {"values": [1], "methods": ["lara"]}}}, "no method 'lara' (did you mean lora?)"),
+        ({"collect": {"score": "metrics.json"}}, "is no file:path"),
+        ({"tune": {"rate": {"values": [1], "by": "loss", "seeds": [9]}}}, "by='loss'"),
+        ({"tune": {"rate": {"values": [1], "by": "score", "seeds": [0]}}}, "seeds [0] choose the value and are"),
+    ],
+)
+def test_a_file_that_means_nothing_is_refused_in_one_line(sweep, body, said):
+    sweep.write(**body)
+    with pytest.raises(InputError) as caught:
+        read(sweep.file)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_choice_compares_what_all_values_finished(sweep):
+    """The second value has one good seed and no other: the first wins on the seed that both have."""
+    sweep.write(tune={"rate": {"values": [1, 2], "by": "score", "seeds": [5, 6]}})
+    plan = read(sweep.file)
+    cells = {(c.varied["rate"], c.seed): c for c in plan.tuning_cells()}
+    scores = {(1, 5): 3.0, (1, 6): 0.0, (2, 5): 2.0}
+    found = [table.Row(cells[key], {"score": value}, 1.0, "") for key, value in scores.items()]
+    setting = plan.tune[0]
+    assert table.choose(setting, found, "lora") == 1
+    assert table.choose(Setting("rate", [1, 2], by="score", goal="min"), found, "lora") == 2
+    assert table.choose(setting, found, "nobody") is None

@@ -1,0 +1,139 @@
+"""One cell of a sweep: its folder, its commands, and whether it is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vislora.sweep.plan import Cell, Plan
+
+STATE, LOG = "cell.json", "log.txt"
+_GRACE = 20  # seconds a child has to write its checkpoint after SIGTERM
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell ended: `ok`, its seconds, and for a failed one the last line that it printed."""
+
+    ok: bool
+    seconds: float
+    last: str = ""
+
+
+class Place:
+    """A cell's folder under the sweep's: the run, the settings file, the log and the state."""
+
+    def __init__(self, sweep: Path, cell: Cell):
+        self.cell, self.path = cell, sweep / "cells" / cell.folder
+        self.run = self.path / "run"
+
+    def outcome(self) -> Outcome | None:
+        """How it ended; None where it never ran, was cut, or its state cannot be read."""
+        try:
+            state = json.loads((self.path / STATE).read_text())
+            return Outcome(bool(state["ok"]), float(state["seconds"]), str(state.get("last", "")))
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def value(self, where: str) -> float | None:
+        """A number of the run: `where` is file:dotted.path (the last line, of a .jsonl); None where it is missing."""
+        file, _, path = where.partition(":")
+        try:
+            text = (self.run / file).read_text()
+            found: Any = json.loads(text.strip().splitlines()[-1] if file.endswith(".jsonl") else text)
+            for step in path.split("."):
+                found = found[int(step)] if isinstance(found, list) else found[step]
+            return float(found)
+        except (OSError, ValueError, KeyError, IndexError, TypeError):
+            return None
+
+
+def commands(plan: Plan, place: Place, root: Path) -> list[list[str]]:
+    """The training command (going on from a checkpoint where a cut run left one), then those that evaluate."""
+    train = [sys.executable, str(root / plan.script), "--config", str(place.path / "settings.yaml"),
+             "--output_dir", str(place.run)]  # fmt: skip
+    checkpoints = place.run / "checkpoints"
+    if checkpoints.is_dir() and any(checkpoints.iterdir()):
+        train += ["--resume_from_checkpoint", "latest"]
+    after = [shlex.split(command.format(run=shlex.quote(str(place.run)))) for command in plan.evaluate]
+    return [train, *([sys.executable, str(root / words[0]), *words[1:]] for words in after)]
+
+
+class Runner:
+    """Runs cells as child processes, each in a session of its own, and can stop them all."""
+
+    def __init__(self, plan: Plan, sweep: Path, root: Path):
+        self.plan, self.sweep, self.root = plan, sweep, root
+        self.children: set[subprocess.Popen] = set()
+        self.stopped = False
+
+    def run(self, cell: Cell, environment: Mapping[str, str]) -> Outcome | None:
+        """Run a cell to its end and write its state; None where the sweep was stopped meanwhile."""
+        place = Place(self.sweep, cell)
+        place.path.mkdir(parents=True, exist_ok=True)
+        (place.path / STATE).unlink(missing_ok=True)
+        (place.path / "settings.yaml").write_text(yaml.safe_dump(dict(cell.settings), sort_keys=False))
+        if not (place.run / "checkpoints").is_dir():
+            shutil.rmtree(place.run, ignore_errors=True)  # nothing to go on from
+        begun, code = time.monotonic(), 0
+        with (place.path / LOG).open("w") as log:
+            for command in commands(self.plan, place, self.root):
+                code = self._child(command, log, environment)
+                if code or self.stopped:
+                    break
+        if self.stopped:
+            return None
+        outcome = Outcome(code == 0, time.monotonic() - begun, "" if code == 0 else _last_line(place.path / LOG, code))
+        state = {"ok": outcome.ok, "seconds": round(outcome.seconds, 1), "last": outcome.last, "label": cell.label}
+        part = place.path / (STATE + ".part")
+        part.write_text(json.dumps(state, indent=1) + "\n")
+        part.replace(place.path / STATE)
+        return outcome
+
+    def _child(self, command: list[str], log, environment: Mapping[str, str]) -> int:
+        log.write(f"$ {shlex.join(command)}\n")
+        log.flush()
+        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=self.root, start_new_session=True,
+                                 env={**os.environ, **environment})  # fmt: skip
+        self.children.add(child)
+        try:
+            if self.stopped:  # between the last look and the start
+                _signal(child, signal.SIGTERM)
+            return child.wait()
+        finally:
+            self.children.discard(child)
+
+    def stop(self) -> None:
+        """End every child: they may write their checkpoints first."""
+        self.stopped = True
+        for child in list(self.children):
+            _signal(child, signal.SIGTERM)
+        end = time.monotonic() + _GRACE
+        while self.children and time.monotonic() < end:
+            time.sleep(0.05)
+        for child in list(self.children):
+            _signal(child, signal.SIGKILL)
+
+
+def _signal(child: subprocess.Popen, number: int) -> None:
+    try:
+        os.killpg(child.pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def _last_line(log: Path, code: int) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return f"exit {code}: {lines[-1][:300] if lines else ''}"

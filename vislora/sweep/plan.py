@@ -1,0 +1,193 @@
+"""What a sweep's YAML says, and the cells (single runs) that follow from it.
+
+    script: train_scripts/classification.py
+    fixed: {max_train_steps: 200}            # settings of every run, as in the script's own --config files
+    methods:                                 # a label, and what makes the method
+      lora: {adapter: lora, rank: 8}
+      nb_lora 0.1: {adapter: nb_lora, rank: 8, p: 1, delta_ratio: 0.1}
+    subjects:                                # optional: labels of data, with their settings
+      owl: {instance_data_dir: assets/world/subjects/owl}
+    seeds: [0, 1, 2]
+    grid: {rank: [4, 16]}                    # every combination
+    factors: {learning_rate: [1e-3, 1e-2]}   # one at a time, the others as they stand
+    tune:                                    # a setting chosen for each method, before the rest, by its mean `by`
+      learning_rate: {values: [1e-3, 1e-2], by: validation_accuracy, goal: max, seeds: [100]}
+    evaluate: ["eval/forgetting.py --run {run}"]
+    collect: {source: metrics.json:source_accuracy}   # a column of the table: file in the run, path in its JSON
+
+In `grid`, `factors` and `tune` a setting may be {values: [...], methods: [labels]}, for methods that have it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vislora.config import read_yaml
+from vislora.errors import InputError, near
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: who it is in the table, and all that is given to the script."""
+
+    method: str
+    subject: str | None
+    seed: int
+    varied: Settings
+    settings: Settings
+    key: str
+    tuning: str | None = None
+
+    @property
+    def label(self) -> str:
+        """A short name, for messages and folders."""
+        words = [self.method, *([self.subject] if self.subject else [])]
+        words += [f"{name}={value}" for name, value in self.varied.items()] + [f"seed={self.seed}"]
+        return ", ".join(words)
+
+    @property
+    def folder(self) -> str:
+        """The cell's folder: readable, and one for each content, so that equal points of two factors share a run."""
+        words = "__".join(str(word) for word in (self.method, self.subject, self.seed) if word is not None)
+        safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in words)
+        return f"{safe[:60]}-{self.key}"
+
+    def matches(self, only: Mapping[str, str]) -> bool:
+        """Whether it is among those that `--only` asks for."""
+        own = {"method": self.method, "subject": self.subject, "seed": self.seed, **self.varied}
+        return all(name in own and str(own[name]) == value for name, value in only.items())
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Values of one setting, and the methods that take them (all where None)."""
+
+    name: str
+    values: list[Any]
+    methods: list[str] | None = None
+    by: str = ""
+    goal: str = "max"
+    seeds: list[int] = field(default_factory=list)
+
+    def is_for(self, method: str) -> bool:
+        return self.methods is None or method in self.methods
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep, read and checked."""
+
+    name: str
+    script: str
+    fixed: Settings
+    methods: dict[str, Settings]
+    subjects: dict[str | None, Settings]
+    seeds: list[int]
+    grid: list[Setting]
+    factors: list[Setting]
+    tune: list[Setting]
+    evaluate: list[str]
+    collect: dict[str, str]
+
+    def tuning_cells(self) -> list[Cell]:
+        """The runs that `tune` needs: every value of every tuned setting, for each method that takes it."""
+        cells = []
+        for setting, (method, given) in itertools.product(self.tune, self.methods.items()):
+            if not setting.is_for(method):
+                continue
+            for value, subject, seed in itertools.product(setting.values, self.subjects, setting.seeds):
+                cells.append(self._cell(method, given, subject, seed, {setting.name: value}, {}, setting.name))
+        return cells
+
+    def cells(self, chosen: Mapping[str, Settings]) -> list[Cell]:
+        """The sweep's own points. chosen: {method: the settings that tuning chose}. Those with one key are one run."""
+        cells = []
+        for method, given in self.methods.items():
+            for varied in self._points(method):
+                for subject, seed in itertools.product(self.subjects, self.seeds):
+                    cells.append(self._cell(method, given, subject, seed, varied, chosen.get(method, {}), None))
+        return cells
+
+    def _points(self, method: str) -> list[Settings]:
+        grid = [setting for setting in self.grid if setting.is_for(method)]
+        product = [dict(zip([s.name for s in grid], values, strict=True))
+                   for values in itertools.product(*[s.values for s in grid])]  # fmt: skip
+        single = [{s.name: value} for s in self.factors if s.is_for(method) for value in s.values]
+        return product + [{**point, **one} for point in product for one in single]
+
+    def _cell(self, method: str, given: Settings, subject: str | None, seed: int, varied: Settings, chosen: Settings,
+              tuning: str | None) -> Cell:  # fmt: skip
+        settings = {**self.fixed, **self.subjects[subject], **given, **chosen, **varied, "seed": seed}
+        content = json.dumps([self.script, settings, self.evaluate], sort_keys=True, default=str)
+        key = hashlib.sha256(content.encode()).hexdigest()[:10]
+        return Cell(method, subject, seed, varied, settings, key, tuning)
+
+
+_KEYS = ("script", "fixed", "methods", "subjects", "seeds", "grid", "factors", "tune", "evaluate", "collect")
+
+
+def read(file: str | Path) -> Plan:
+    """The plan of a YAML file. Raises InputError, one line, for what it cannot mean."""
+    raw, name = read_yaml(file), str(file)
+    for key in raw:
+        if key not in _KEYS:
+            raise InputError(f"{name}, {key}", f"is no part of a sweep{near(key, _KEYS)}", "take " + ", ".join(_KEYS))
+    for key in ("script", "methods", "collect"):
+        if not raw.get(key):
+            raise InputError(name, f"has no {key}", "see vislora/sweep/plan.py for what a sweep holds")
+    methods = _mappings(raw["methods"], f"{name}, methods")
+    subjects: dict[str | None, Settings] = dict(_mappings(raw.get("subjects") or {}, f"{name}, subjects"))
+    seeds = _list(raw.get("seeds", [0]), f"{name}, seeds", int)
+    plan = Plan(
+        Path(file).stem, str(raw["script"]), dict(raw.get("fixed") or {}), methods, subjects or {None: {}}, seeds,
+        *(_settings(raw.get(part), f"{name}, {part}", methods) for part in ("grid", "factors", "tune")),
+        evaluate=_list(raw.get("evaluate") or [], f"{name}, evaluate", str), collect=dict(raw["collect"]),
+    )  # fmt: skip
+    for setting in plan.tune:
+        if setting.by not in plan.collect or setting.goal not in ("max", "min") or not setting.seeds:
+            wrong = f"by={setting.by!r}, goal={setting.goal!r}, seeds={setting.seeds}"
+            remedy = f"by is a column of collect ({', '.join(plan.collect)}), goal max or min, seeds a list"
+            raise InputError(f"{name}, tune, {setting.name}", wrong, remedy)
+        if overlap := sorted(set(setting.seeds) & set(seeds)):
+            wrong = f"seeds {overlap} choose the value and are reported too"
+            raise InputError(f"{name}, tune, {setting.name}", wrong, "choose on other seeds than those reported")
+    for column, path in plan.collect.items():
+        if ":" not in str(path):
+            raise InputError(f"{name}, collect, {column}", f"{path!r} is no file:path", "as in metrics.json:accuracy")
+    return plan
+
+
+def _mappings(given: Any, where: str) -> dict[str, Settings]:
+    if not isinstance(given, Mapping) or not all(isinstance(v, Mapping | None) for v in given.values()):
+        raise InputError(where, f"is {type(given).__name__}", "give labels, each with its settings")
+    return {str(label): dict(settings or {}) for label, settings in given.items()}
+
+
+def _list(given: Any, where: str, kind: type) -> list:
+    if not isinstance(given, Sequence) or isinstance(given, str) or not all(isinstance(v, kind) for v in given):
+        raise InputError(where, f"is {given!r}", f"give a list of {kind.__name__}")
+    return list(given)
+
+
+def _settings(given: Any, where: str, methods: Mapping[str, Settings]) -> list[Setting]:
+    found = []
+    for name, value in (given or {}).items():
+        parts = dict(value) if isinstance(value, Mapping) else {"values": value}
+        values = parts.pop("values", None)
+        unknown = sorted(set(parts) - {"methods", "by", "goal", "seeds"})
+        if not isinstance(values, list) or not values or unknown:
+            remedy = "give a list of values, or {values: [...], methods: [...]}"
+            raise InputError(f"{where}, {name}", f"is {value!r}", remedy)
+        for label in parts.get("methods") or []:
+            if label not in methods:
+                raise InputError(f"{where}, {name}", f"no method {label!r}{near(label, methods)}", "take a label above")
+        found.append(Setting(name, values, **parts))
+    return found
