@@ -18,6 +18,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, get_scheduler
 
 import vislora
-from vislora import adapters, config, distributed, optim, world
+from vislora import adapters, config, distributed, optim, probe, world
 from vislora.baselines import BASELINES
 from vislora.errors import InputError, run_script
 from vislora.language import models, results
@@ -93,6 +94,7 @@ def parse(argv: list[str]) -> tuple[CausalLMOptions, vislora.Method]:
         options, method = config.parse(CausalLMOptions, argv, base=world.defaults("causal_lm"), **words)
     options.require_both("dataset_name")
     optim.require_fit(options.optimizer, method)
+    probe.require_fit(options.probe_steps, method)
     return options, method
 
 
@@ -186,6 +188,11 @@ class Run:
                     log.write(done, values | largest, by_site)
                     bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{values['lr']:.1e}")
                 sums, logged, since, tokens = {}, done, time.perf_counter(), 0
+            if o.probe_steps and done % o.probe_steps == 0 and done < self.total:
+                found = probe.cosines(self.adapter, partial(self.backward, done), o.gradient_accumulation_steps)
+                if self.main:
+                    log.write(done, *telemetry.alignment(found))
+                since = time.perf_counter()
             if self.main and (done % o.save_steps == 0 or stop):
                 self.save(done)
             if o.eval_steps and done % o.eval_steps == 0 and done < self.total:

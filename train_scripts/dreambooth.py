@@ -20,6 +20,7 @@ import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 import vislora
-from vislora import adapters, config, optim, world
+from vislora import adapters, config, optim, probe, world
 from vislora.baselines import BASELINES
 from vislora.diffusion import conditioning, models, objective, publish, quantize, validation
 from vislora.diffusion.base import facts_of
@@ -103,6 +104,7 @@ def parse(argv: list[str]) -> tuple[DreamBoothOptions, vislora.Method]:
         options, method = config.parse(DreamBoothOptions, argv, base=world.defaults("dreambooth"), **words)
     options.require_whole()
     optim.require_fit(options.optimizer, method)
+    probe.require_fit(options.probe_steps, method)
     return options, method
 
 
@@ -206,6 +208,11 @@ class Run:
                 share = {"bound": f"{largest['largest_share']:.0%}"} if "largest_share" in largest else {}
                 bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{values['lr']:.1e}", **share)
                 sums, logged, since = {}, done, time.perf_counter()
+            if o.probe_steps and done % o.probe_steps == 0 and done < self.total:
+                found = probe.cosines(self.adapter, partial(self.backward, done), o.gradient_accumulation_steps)
+                if self.main:
+                    log.write(done, *telemetry.alignment(found))
+                since = time.perf_counter()
             if self.main and (done % o.checkpointing_steps == 0 or stop):
                 self.save(done)
             if self.main and o.validation_steps and done % o.validation_steps == 0 and done < self.total:

@@ -17,6 +17,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, get_scheduler
 
 import vislora
-from vislora import adapters, config, distributed, optim, world
+from vislora import adapters, config, distributed, optim, probe, world
 from vislora.baselines import BASELINES
 from vislora.errors import InputError, run_script
 from vislora.language import models, results
@@ -104,6 +105,7 @@ def parse(argv: list[str]) -> tuple[ClassificationOptions, vislora.Method]:
         )
     options.require_both("task_name" if options.train_file is None else "train_file")
     optim.require_fit(options.optimizer, method)
+    probe.require_fit(options.probe_steps, method)
     return options, method
 
 
@@ -197,6 +199,12 @@ class Run:
                     log.write(done, values | largest, by_site)
                     bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{values['lr']:.1e}")
                 sums, logged, since = {}, done, time.perf_counter()
+            if o.probe_steps and done % o.probe_steps == 0 and done < self.total:
+                found = probe.cosines(self.adapter, partial(self.backward, done), o.gradient_accumulation_steps)
+                self.optimizer.zero_grad()  # the head's, which is no part of the adapter
+                if self.main:
+                    log.write(done, *telemetry.alignment(found))
+                since = time.perf_counter()
             if self.main and (done % o.save_steps == 0 or stop):
                 self.save(done)
             if self.main and done % (o.eval_steps or self.an_epoch) == 0 and done < self.total:

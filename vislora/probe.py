@@ -15,11 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
+from .adapters import Method
 from .errors import InputError
 from .linalg import precise, without_autocast
 from .part import Part
 from .prepare import Key, devices, watched
 from .site import Site, qualified
+
+
+def require_fit(steps: int | None, method: object) -> None:
+    """Raise InputError where a run asks for the probe (every `steps` steps) of what has no low-rank update."""
+    if steps is not None and steps < 1:
+        raise InputError("--probe_steps", f"{steps} is less than 1", "give a number of steps, or leave it out")
+    if steps is not None and not isinstance(method, Method):
+        wrong = f"measures the updates of vislora's methods, not {type(method).__name__.lower()}"
+        raise InputError("--probe_steps", wrong, "leave it out, or take another --adapter")
 
 
 def cosines(adapter: Adapter, closure: Callable[[], object], backwards: int = 1) -> dict[str, float]:

@@ -296,3 +296,16 @@ def test_help_lists_every_option_once(script, capsys):
         script.main(["--help"])
     said = capsys.readouterr().out
     assert stop.value.code == 0 and said.count("--learning_rate\n") == 1 and "--adapter nb_lora:" in said
+
+
+def test_the_gradient_probe_is_logged_and_changes_nothing(run, capsys):
+    for more in ((), ("--probe_steps", "1")):
+        run("--adapter", "lora", "--dropout", "0.1", *more)
+    plain, probed = (read(f"runs/000{i}/adapter/adapter.safetensors")[0] for i in (1, 2))
+    assert all(torch.equal(t, probed[k]) for k, t in plain.items())
+    found = [line for line in lines("runs/0002") if "cosine" in line]
+    assert [line["step"] for line in found] == [1, 2]
+    each = [layer["cosine"] for layer in found[0]["layers"].values()]
+    assert found[0]["cosine"] == pytest.approx(sum(each) / len(each)) and all(0 < c <= 1 for c in each)
+    assert "not full" in refused(run, capsys, "--adapter", "full", "--probe_steps", "2")
+    assert "less than 1" in refused(run, capsys, "--adapter", "lora", "--probe_steps", "0")

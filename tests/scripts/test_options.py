@@ -312,3 +312,12 @@ def test_bad_values_get_one_line(run, capsys, place, monkeypatch):
     assert "pip install prodigyopt" in refused(run, capsys, "--optimizer", "prodigy")
     assert "pip install bitsandbytes" in refused(run, capsys, "--optimizer", "adamw8bit")
     assert "pip install bitsandbytes" in refused(run, capsys, "--base_quantization", "int8")
+
+
+def test_the_gradient_probe_is_logged_and_changes_nothing(run):
+    for more in (("--output_dir", "plain"), ("--output_dir", "probed", "--probe_steps", "1")):
+        run(*QUICK, "--gradient_accumulation_steps", "2", "--train_text_encoder", *more)
+    plain, probed = (read(Path(folder) / "adapter" / "adapter.safetensors")[0] for folder in ("plain", "probed"))
+    assert all(torch.equal(t, probed[k]) for k, t in plain.items())
+    (line,) = (line for line in lines("probed") if "cosine" in line)
+    assert line["step"] == 1 and 0 < line["cosine"] <= 1 and not any("cosine" in line for line in lines("plain"))

@@ -1,4 +1,4 @@
-"""configs/paper and configs/accelerate: every file is read by its script, and a few make two steps on a random Llama."""
+"""configs/paper and configs/accelerate: every file is read by its script; a few make two steps on a random Llama."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _TRAIN, _OPTIMIZER, _LOSS, _IMAGES, _RUN = "training", "optimizer", "loss", "val
 # What a resumed run may change: no step already made was a function of it.
 FREE_ON_RESUME = frozenset({
     "max_train_steps", "num_train_epochs", "validation_prompt", "num_validation_images", "validation_steps",
-    "validation_inference_steps", "output_dir", "logging_steps", "report_to", "checkpointing_steps",
+    "validation_inference_steps", "output_dir", "logging_steps", "probe_steps", "report_to", "checkpointing_steps",
     "checkpoints_total_limit", "resume_from_checkpoint", "dry_run", "sample_batch_size", "class_data_dir",
     "cpu_threads", "instance_data_dir", "pretrained_model_name_or_path", "export_rank", "conditioning_data_dir",
     "push_to_hub", "hub_model_id",
@@ -185,6 +185,9 @@ class DreamBoothOptions:
     output_dir: str | None = option(None, "the run's folder; none: a new number under runs/", group=_RUN)
     seed: int = option(0, "all chance in the run is a function of it", group=_RUN)
     logging_steps: int = option(10, "steps between lines of metrics.jsonl", group=_RUN)
+    probe_steps: int | None = option(
+        None, "steps between cosines of full and equivalent gradient (OD-LoRA's measure); none: never", group=_RUN
+    )
     report_to: str = option(
         "tensorboard", "where else metrics go: tensorboard, wandb or another tracker of accelerate's, all, or none",
         group=_RUN,

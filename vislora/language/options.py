@@ -17,7 +17,8 @@ _OPTIMIZER, _EVAL = "optimizer", "evaluation"
 # What a resumed run may change: no step already made was a function of it.
 FREE_ON_RESUME = frozenset({
     "model_name_or_path", "dataset_name", "max_train_steps", "num_train_epochs", "output_dir", "logging_steps",
-    "report_to", "save_steps", "save_total_limit", "resume_from_checkpoint", "dry_run", "cpu_threads", "merge",
+    "probe_steps", "report_to", "save_steps", "save_total_limit", "resume_from_checkpoint", "dry_run", "cpu_threads",
+    "merge",
     "eval_dataset_name", "eval_dataset_split", "max_eval_samples", "eval_steps", "eval_answers",
     "per_device_eval_batch_size", "sample_prompt", "max_new_tokens", "export_rank", "validation_file",
 })  # fmt: skip
@@ -112,6 +113,9 @@ class TrainOptions:
     output_dir: str | None = option(None, "the run's folder; none: a new number under runs/", group=_RUN)
     seed: int = option(0, "all chance in the run is a function of it", group=_RUN)
     logging_steps: int = option(10, "steps between lines of metrics.jsonl", group=_RUN)
+    probe_steps: int | None = option(
+        None, "steps between cosines of full and equivalent gradient (OD-LoRA's measure); none: never", group=_RUN
+    )
     report_to: Literal["tensorboard", "none"] = option("tensorboard", "where else metrics go", group=_RUN)
     save_steps: int = option(500, "steps between checkpoints", group=_RUN, aliases=("checkpointing_steps",))
     save_total_limit: int | None = option(None, "how many to keep; none: all", group=_RUN,
