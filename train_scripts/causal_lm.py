@@ -37,7 +37,7 @@ from vislora.language.data import Data
 from vislora.language.evaluation import Evaluation
 from vislora.language.loss import share, token_losses
 from vislora.language.options import FREE_ON_RESUME, CausalLMOptions
-from vislora.language.sharding import complete, plain_adapter, require_served
+from vislora.language.processes import require_served
 from vislora.training import checkpoint, telemetry
 from vislora.training.cores import use_cores
 from vislora.training.dry_run import describe
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     precision = accelerator.mixed_precision
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("--mixed_precision", "fp16 is not supported on a CPU", "take bf16 or no")
-    require_served(accelerator, options, method)
+    require_served(accelerator)
     torch.backends.cuda.matmul.allow_tf32 = options.tf32
     use_cores(accelerator.num_processes, options.cpu_threads)
 
@@ -124,8 +124,7 @@ class Run:
             options.lr_scheduler_type, optimizer, num_warmup_steps=options.warmup(self.total),
             num_training_steps=self.total,
         )  # fmt: skip
-        with plain_adapter(accelerator, adapter, optimizer):
-            self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
         adapter.bind(self.optimizer, self.total, first_rate(self.scheduler, self.total))
 
     def go(self) -> None:
@@ -159,7 +158,6 @@ class Run:
         self.model.train()
         for step in range(start, self.total):
             parts = self.backward(step)
-            complete(self.accelerator, self.adapter)
             parameters = list(self.adapter.parameters())
             if o.max_grad_norm is not None:
                 parts["grad_norm"] = self.accelerator.clip_grad_norm_(parameters, o.max_grad_norm)

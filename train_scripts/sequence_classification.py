@@ -37,7 +37,7 @@ from vislora.language.batches import Plan
 from vislora.language.classification import ClassificationOptions, Labelled, WithHead, collate, encoder_targets
 from vislora.language.metrics import METRICS
 from vislora.language.options import FREE_ON_RESUME
-from vislora.language.sharding import is_sharded
+from vislora.language.processes import require_served
 from vislora.training import checkpoint, telemetry
 from vislora.training.cores import use_cores
 from vislora.training.dry_run import describe
@@ -56,8 +56,7 @@ def main(argv: list[str]) -> None:
     precision = accelerator.mixed_precision
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("--mixed_precision", "fp16 is not supported on a CPU", "take bf16 or no")
-    if is_sharded(accelerator):
-        raise InputError("accelerate launch", "this script does not shard its model", "take DDP")
+    require_served(accelerator)
     torch.backends.cuda.matmul.allow_tf32 = options.tf32
     use_cores(accelerator.num_processes, options.cpu_threads)
 

@@ -16,12 +16,12 @@ _REMEDY = "do it before offloading, or offload to memory by pipe.enable_model_cp
 def is_hooked(module: nn.Module) -> bool:
     """Whether such a library wraps the module's forward: what its parameters hold outside of it may be nothing.
 
-    Asked for every site at every forward, so by the dictionary: a miss of nn.Module's own look-up takes microseconds.
+    diffusers' pipelines leave registries that hold no hook: those wrap nothing. Asked for every site at every forward, so by the dictionary: a miss of nn.Module's own look-up takes microseconds.
     """
     if is_compiling():
         return False
     held = module.__dict__
-    return "_hf_hook" in held or "_diffusers_hook" in held
+    return "_hf_hook" in held or ("_diffusers_hook" in held and bool(held["_diffusers_hook"].hooks))
 
 
 def kept(module: nn.Module, tensor: str) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""configs/paper and configs/accelerate: every file is read by its script; a few make two steps on a random Llama."""
+"""configs/paper and configs/accelerate: every file is read by its script, and a few make two steps."""
 
 from __future__ import annotations
 
@@ -83,5 +83,4 @@ def test_accelerate_reads_every_configuration():
     for file in sorted((REPOSITORY / "configs" / "accelerate").glob("*.yaml")):
         settings = load_config_from_file(str(file))
         found[file.stem] = str(settings.distributed_type).rpartition(".")[2]
-    assert found == {"ddp": "MULTI_GPU", "ddp_nodes": "MULTI_GPU", "deepspeed_zero2": "DEEPSPEED", "fsdp2": "FSDP"}
-    assert load_config_from_file(str(REPOSITORY / "configs/accelerate/fsdp2.yaml")).fsdp_config["fsdp_version"] == 2
+    assert found == {"ddp": "MULTI_GPU", "ddp_nodes": "MULTI_GPU"}

@@ -83,8 +83,6 @@ def quantization(options: Any) -> BitsAndBytesConfig | None:
         bnb_4bit_quant_type=options.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=options.use_bnb_nested_quant,
         bnb_4bit_compute_dtype=_DTYPES[options.bnb_4bit_compute_dtype],
-        # FSDP shards only tensors of one float type
-        bnb_4bit_quant_storage=_DTYPES[options.bnb_4bit_quant_storage] if options.bnb_4bit_quant_storage else None,
     )
 
 

@@ -53,9 +53,6 @@ class TrainOptions:
     bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] = option(
         "bfloat16", "in which a 4-bit base computes", group=_MODEL
     )
-    bnb_4bit_quant_storage: Literal["bfloat16", "float16", "float32"] | None = option(
-        None, "type that packed weights pass for; FSDP needs --dtype's", group=_MODEL
-    )
 
     adapter: str = option(
         "nb_lora", "a method, or full, none or peft; its options are flags of their own", group=_ADAPTER
