@@ -14,7 +14,8 @@ import numpy as np
 import world
 from PIL import Image, ImageFilter
 
-SPRITE_DIR = Path(__file__).resolve().parent.parent / "world" / "sprites"
+#: Where sprites lie: the shipped ones first; a stage that draws others adds its folder.
+SPRITE_DIRS = [Path(__file__).resolve().parent.parent / "world" / "sprites"]
 SIZE = world.IMAGE_SIZE
 
 
@@ -149,8 +150,9 @@ def background(name: str, seed: int) -> Image.Image:
 # -------------------------------------------------------------------------------------------------- sprites
 @functools.cache
 def sprite(name: str) -> Image.Image:
-    """A shipped sprite cut to its opaque box, RGBA."""
-    image = Image.open(SPRITE_DIR / f"{name}.webp").convert("RGBA")
+    """A sprite cut to its opaque box, RGBA."""
+    path = next(folder / f"{name}.webp" for folder in SPRITE_DIRS if (folder / f"{name}.webp").exists())
+    image = Image.open(path).convert("RGBA")
     return image.crop(image.getchannel("A").point(lambda a: 255 if a > 16 else 0).getbbox())
 
 
