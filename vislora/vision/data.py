@@ -18,7 +18,6 @@ from vislora.errors import InputError, near
 from vislora.training.random import epoch_order
 
 _TESTS = ("test", "validation", "valid", "val", "dev")
-_IMAGES, _LABELS = ("image", "img", "pixel_values"), ("label", "labels", "fine_label")
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def load(name: str, split: str, *, config: str | None = None, root: str = "data"
     several joined by +. config: of a hub dataset, or the partition of a torchvision set that has several. root: where
     torchvision's sets lie or go. Raises InputError, in one line, for what is missing, with the layout to fill.
     """
-    from vislora.vision import digits, torchvision_sets
+    from vislora.vision import digits, tables, torchvision_sets
 
     parts = [p for p in split.split("+") if p]
     if len(parts) > 1:
@@ -82,14 +81,15 @@ def load(name: str, split: str, *, config: str | None = None, root: str = "data"
     if torchvision_sets.known(name) and not folder.is_dir():
         return torchvision_sets.load(name, split, root, config)
     if not folder.is_dir():
-        if name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(name).parent.is_dir():
-            wrong = f"is no folder and no set of torchvision{near(name.lower(), torchvision_sets.NAMES)}"
-            raise InputError(f"dataset {name}", wrong, f"name a folder, a hub id, or {', '.join(torchvision_sets.NAMES)}")
-        return _hugging_face(name, split, config, image_column, label_column)
+        if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.parent.is_dir():
+            sets = torchvision_sets.NAMES
+            wrong = f"is no folder and no set of torchvision{near(name.lower(), sets)}"
+            raise InputError(f"dataset {name}", wrong, f"name a folder, a hub id, or {', '.join(sets)}")
+        return tables.load(name, split, config, image_column, label_column)
     if digits.recognise(folder):
         return digits.load(folder, split)
-    if any(folder.glob("**/*.parquet")) or (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _hugging_face(name, split, config, image_column, label_column)
+    if tables.recognise(folder):
+        return tables.load(name, split, config, image_column, label_column)
     return _class_folders(folder, split)
 
 
@@ -131,48 +131,3 @@ def _class_folders(folder: Path, split: str) -> ImageSet:
     if not files:
         raise InputError(str(own), "holds no image in any class folder", "put them into SPLIT/CLASS/")
     return ImageSet(str(folder), tuple(classes), tuple(c for _, c in files), lambda i: images.read(files[i][0]))
-
-
-def _hugging_face(name: str, split: str, config: str | None, image: str | None, label: str | None) -> ImageSet:
-    """Through the package `datasets`: of the hub, a folder of save_to_disk, or a folder with parquet files."""
-    try:
-        import datasets
-    except ImportError:
-        remedy = "pip install datasets"
-        raise InputError(f"dataset {name}", "needs the package datasets, which is not installed", remedy) from None
-    saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
-    bars = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config)
-    except Exception as error:  # of many kinds, a hub's and a parser's among them
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"dataset {name}", f"cannot be read ({reason})", "name a dataset that can be had") from None
-    finally:
-        if not bars:
-            datasets.enable_progress_bars()
-    table = found[pick_split(split, list(found), name)] if hasattr(found, "keys") else found
-    image = _column(name, table.column_names, image, _IMAGES, "image")
-    label = _column(name, table.column_names, label, _LABELS, "label")
-    values, kind = list(table[label]), table.features[label]
-    if hasattr(kind, "names"):
-        classes = tuple(kind.names)
-    else:
-        known = sorted({str(v) for v in values}, key=lambda v: (len(v), v))
-        values, classes = [known.index(str(v)) for v in values], tuple(known)
-    if min(values, default=0) < 0:
-        raise InputError(f"dataset {name}", f"its {split} split has no labels", "name a split that has")
-    pictures = table.select_columns([image])
-    return ImageSet(name, classes, tuple(values), lambda i: _rgb(pictures[i][image]))
-
-
-def _column(name: str, there: Sequence[str], asked: str | None, usual: Sequence[str], what: str) -> str:
-    found = [asked] if asked in there else [] if asked else [word for word in usual if word in there]
-    if not found:
-        wrong = f"has no column {asked!r}" if asked else f"has none of the columns {', '.join(usual)}"
-        raise InputError(f"dataset {name}", wrong, f"give --{what}_column_name, one of {', '.join(there)}")
-    return found[0]
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    return image if image.mode == "RGB" else image.convert("RGB")

@@ -26,8 +26,10 @@ def geometric_mean(source: float, target: float) -> float:
     return math.sqrt(source * target)
 
 
-def knn_logits(bank: Tensor, bank_labels: Tensor, features: Tensor, classes: int, k: int = 20, temperature: float = 0.07,
-               chunk: int = 1024) -> Tensor:  # fmt: skip
+def knn_logits(
+    bank: Tensor, bank_labels: Tensor, features: Tensor, classes: int, k: int = 20, temperature: float = 0.07,
+    chunk: int = 1024,
+) -> Tensor:  # fmt: skip
     """Votes (n, classes) of each row's k nearest by cosine among `bank` (m, d), each worth exp(cosine / temperature).
 
     Instance discrimination's weighted vote (Wu et al. 2018, arXiv 1805.01978, section 3.4). k is at most m.

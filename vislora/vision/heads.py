@@ -104,9 +104,11 @@ def zero_shot(tower: Tower, classes: Sequence[str], templates: str) -> ZeroShot:
 
 def _templates(file: str) -> list[str]:
     try:
-        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--zero_shot_templates {file}", f"cannot be read ({error})", "take simple or openai") from None
+        wrong = f"cannot be read ({error})"
+        raise InputError(f"--zero_shot_templates {file}", wrong, "take simple or openai") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines or any("{}" not in line for line in lines):
         raise InputError(f"--zero_shot_templates {file}", "has a line without {}", "write a template a line")
     return lines

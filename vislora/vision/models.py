@@ -99,7 +99,8 @@ def load(name: str, library: str | None = None, pretrained: str | None = None) -
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         wrong = f"could not be loaded by {choice.library} ({reason})"
-        raise InputError(f"--model_name_or_path {name}", wrong, "name a local folder, or a model that can be had") from None
+        remedy = "name a local folder, or a model that can be had"
+        raise InputError(f"--model_name_or_path {name}", wrong, remedy) from None
     return tower.float().eval()
 
 
@@ -210,7 +211,8 @@ def _processor(name: str, config: Any) -> Preprocess:
            "interpolation": names.get(int(p.resample), "bicubic")}  # fmt: skip
     if crop is None:
         return Preprocess(int(size.get("height") or size["shortest_edge"]), squash="height" in size, **how)
-    return Preprocess(int(crop["height"]), crop_pct=crop["height"] / (size.get("shortest_edge") or size["height"]), **how)
+    side = size.get("shortest_edge") or size["height"]
+    return Preprocess(int(crop["height"]), crop_pct=crop["height"] / side, **how)
 
 
 def _open_clip(name: str, pretrained: str | None) -> Tower:

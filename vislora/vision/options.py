@@ -27,7 +27,7 @@ class ClassificationOptions:
     """Everything a classification run is a function of, beside the adapter's own options."""
 
     model_name_or_path: str | None = option(
-        None, "a local folder or name of timm, transformers or open_clip; with no data named either, the embedded world",
+        None, "a folder or name of timm, transformers or open_clip; with no data named either, the embedded world",
         group=_MODEL, aliases=("pretrained_model_name_or_path", "model"),
     )  # fmt: skip
     library: Literal["timm", "transformers", "open_clip"] | None = option(
@@ -43,7 +43,7 @@ class ClassificationOptions:
     gradient_checkpointing: bool = option(False, "compute activations again in the backward: less memory", group=_MODEL)
 
     dataset_name: str | None = option(
-        None, "a set of torchvision, a folder (class folders in train/ and test/, parquet, save_to_disk, idx), a hub id",
+        None, "a set of torchvision, a folder (class folders in train/ and test/, parquet, save_to_disk, idx), hub id",
         group=_TARGET,
     )  # fmt: skip
     dataset_config_name: str | None = option(None, "of a hub dataset, or a torchvision set's partition", group=_TARGET)

@@ -51,7 +51,7 @@ _SETS = {
 }
 _LAYOUTS = {
     "stanfordcars": "stanford_cars/ with devkit/, cars_train/, cars_test/ and cars_test_annos_withlabels.mat",
-    "imagenet": "the folders train/ and val/ of ILSVRC2012's class folders, or its two tar files and the devkit's",
+    "imagenet": "ILSVRC2012's train/ and val/ of class folders (name that folder), or its devkit's and image tar files",
     "sun397": "SUN397/ with a/abbey/*.jpg and so on, and Partitions/Training_01.txt and Testing_01.txt",
     "cub200": "CUB_200_2011/ with images/, images.txt, image_class_labels.txt, train_test_split.txt and classes.txt",
 }
