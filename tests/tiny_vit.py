@@ -29,7 +29,8 @@ def save_timm(folder: Path, classes: int = 4) -> Path:
     """The folder as timm's local-dir: reads it."""
     folder.mkdir(parents=True)
     model = timm_vit(classes=classes)
-    cfg = {"input_size": (3, SIDE, SIDE), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "num_classes": classes}
+    half = (0.5,) * 3
+    cfg = {"input_size": (3, SIDE, SIDE), "mean": half, "std": half, "crop_pct": 1.0, "num_classes": classes}
     model.pretrained_cfg = {**model.pretrained_cfg, **cfg, "interpolation": "bicubic", "fixed_input_size": True}
     save_config_for_hf(model, folder / "config.json", model_args=SHAPE)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")

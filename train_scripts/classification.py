@@ -126,8 +126,8 @@ class Run:
             if start == 0:
                 self.measure(0, log)
                 self.model.train()
-                steps = itertools.count()  # a data-driven start sees the run's first batches
-                self.adapter.prepare(lambda: self.backward(next(steps), self.batches(0)))
+                first = self.batches(0)  # a data-driven start sees the run's first batches
+                self.adapter.prepare(lambda: self.backward(first))
                 self.tuned.zero_grad()
             self.train(start, log, stop)
             if not stop:
@@ -137,17 +137,19 @@ class Run:
             print(f"vislora: stopped by a signal; to go on, add {again}", file=sys.stderr)
             raise SystemExit(stop.status)
 
+    def positions(self, start: int):
+        """The first position of every micro-batch of this process from optimizer step `start` on, without end."""
+        o, a, micros = self.options, self.accelerator, self.options.gradient_accumulation_steps
+        for step, micro in itertools.product(itertools.count(start), range(micros)):
+            yield first_position(step, micro, a.process_index, batch=o.train_batch_size, accumulation=micros,
+                                 world=a.num_processes)  # fmt: skip
+
     def batches(self, start: int):
-        """Every micro-batch of this process from optimizer step `start` on, in order."""
-        o, a = self.options, self.accelerator
-        first = [
-            first_position(step, micro, a.process_index, batch=o.train_batch_size,
-                           accumulation=o.gradient_accumulation_steps, world=a.num_processes)
-            for step in range(start, self.total) for micro in range(o.gradient_accumulation_steps)
-        ]  # fmt: skip
-        places = [list(range(p, p + o.train_batch_size)) for p in first]
-        loaded = augment.batches(self.stream, places, o.dataloader_num_workers, a.device)
-        return zip(first, loaded, strict=True)
+        """(first position, (images, labels)) of these micro-batches."""
+        o = self.options
+        places = (range(p, p + o.train_batch_size) for p in self.positions(start))
+        loaded = augment.batches(self.stream, places, o.dataloader_num_workers, self.accelerator.device)
+        return zip(self.positions(start), loaded, strict=False)
 
     def train(self, start: int, log: telemetry.Log, stop: InterruptFlag) -> None:
         """Optimizer steps start + 1 to the last; each goes by the numbers step and seed alone."""
@@ -156,7 +158,7 @@ class Run:
         loss_sum, logged, since = 0.0, start, time.perf_counter()
         self.model.train()
         for step in range(start, self.total):
-            loss_sum = loss_sum + self.backward(step, batches).detach()
+            loss_sum = loss_sum + self.backward(batches).detach()
             norm = self.accelerator.clip_grad_norm_(self.tuned.parameters(), o.max_grad_norm)
             rates = {f"{name}_lr": s.get_last_lr()[0] for name, s in self.tuned.schedulers.items()}  # of this step
             self.tuned.step()
@@ -188,8 +190,8 @@ class Run:
         o = self.options
         return o.train_batch_size * o.gradient_accumulation_steps * self.accelerator.num_processes
 
-    def backward(self, step: int, batches) -> torch.Tensor:
-        """Forward and backward over one optimizer step's batches. Returns the mean loss, the penalty in it."""
+    def backward(self, batches) -> torch.Tensor:
+        """Forward and backward over the next optimizer step's batches. Returns the mean loss, the penalty in it."""
         o, total, micros = self.options, 0.0, self.options.gradient_accumulation_steps
         for micro in range(micros):
             position, (images, labels) = next(batches)

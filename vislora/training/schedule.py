@@ -22,7 +22,7 @@ def by_name(name: str, total: int, warmup: float) -> Callable[[int], float]:
     and "linear" rise from 0 and fall to 0, "constant" rises and stays.
     """
     if name == "one_cycle":
-        peak, last = warmup * total - 1, total - 1
+        peak, last = max(0.0, warmup * total - 1), total - 1  # torch's peak may lie before the first step
 
         def one_cycle(step: int) -> float:
             if step <= peak:

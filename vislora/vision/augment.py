@@ -6,7 +6,7 @@ happens inside a fork of it, seeded for that position: loader workers and resume
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -89,7 +89,7 @@ class Plain(Dataset):
         return self.transform(self.images.read(i)), self.images.labels[i]
 
 
-def batches(data: Dataset, places: list[list[int]], workers: int, device: torch.device) -> Iterator:
+def batches(data: Dataset, places: Iterable[Sequence[int]], workers: int, device: torch.device) -> Iterator:
     """The batches of `data` at these lists of places, (images (B, 3, size, size), classes (B,)), on `device`."""
     loader = DataLoader(data, batch_sampler=places, num_workers=workers, pin_memory=device.type == "cuda")
     for images, labels in loader:

@@ -12,7 +12,7 @@ from vislora.vision.options import ClassificationOptions
 
 @dataclass(frozen=True)
 class Sets:
-    """train and validation are parts of the training split, validation None where none is held out; test is scored last.
+    """train and validation are parts of the training split, validation None where none is; test is scored last.
 
     source: the old task's test images, few a fixed part of them for scores on the way, bank its training images for
     neighbours; each None where it is not asked for.
