@@ -140,8 +140,8 @@ class Run:
     def positions(self, start: int):
         """The first position of every micro-batch of this process from optimizer step `start` on, without end."""
         o, a, micros = self.options, self.accelerator, self.options.gradient_accumulation_steps
-        for step, micro in itertools.product(itertools.count(start), range(micros)):
-            yield first_position(step, micro, a.process_index, batch=o.train_batch_size, accumulation=micros,
+        for k in itertools.count(start * micros):
+            yield first_position(*divmod(k, micros), a.process_index, batch=o.train_batch_size, accumulation=micros,
                                  world=a.num_processes)  # fmt: skip
 
     def batches(self, start: int):
