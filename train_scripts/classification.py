@@ -4,9 +4,11 @@ On the embedded world, offline, in half a minute on two CPU cores:
 
     accelerate launch train_scripts/classification.py --adapter nb_lora --p 1 --delta_ratio 0.1
 
-A ViT-B/16 that knows ImageNet, tuned on SVHN (NB-LoRA, Figure 6):
+A ViT-B/16 that knows ImageNet, tuned on SVHN (configs/paper/vision has the papers' whole grids):
 
-    accelerate launch train_scripts/classification.py --config configs/paper/nb_lora_figure6.yaml
+    accelerate launch train_scripts/classification.py --adapter nb_lora --p 1 --delta_ratio 0.1 \
+        --model_name_or_path vit_base_patch16_224.orig_in21k_ft_in1k --dataset_name svhn --train_batch_size 128 \
+        --source_dataset_name data/imagenet
 """
 
 from __future__ import annotations

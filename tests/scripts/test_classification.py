@@ -8,6 +8,9 @@ import importlib.util
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -182,6 +185,41 @@ def test_another_run_is_not_gone_on_with(run, capsys):
     assert "max_train_steps" in refused(run, capsys, *resume, "--max_train_steps", "9")
 
 
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(run, world, tmp_path):
+    flags = ["--model_name_or_path", str(world / "vit"), "--dataset_name", str(world / "target"), "--adapter", "lora",
+             "--source_dataset_name", str(world / "source"), "--max_train_steps", "3", "--train_val_split", "0.2",
+             "--report_to", "none", "--cpu_threads", "1", "--eval_steps", "2", "--mixed_precision", "no"]  # fmt: skip
+    free = socket.socket()
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+    free.close()
+    loopback = next((name for name in os.listdir("/sys/class/net") if name.startswith("lo")), "lo")
+    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
+              "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1",
+              "GLOO_SOCKET_IFNAME": loopback}  # fmt: skip
+    command = [sys.executable, str(REPOSITORY / "train_scripts/classification.py"), *flags, "--train_batch_size", "3",
+               "--output_dir", str(tmp_path / "two")]  # fmt: skip
+    ranks = [
+        subprocess.Popen(command, env={**common, "RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE, text=True)
+        for r in ("0", "1")
+    ]
+    try:
+        errors = [rank.communicate(timeout=400)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)[-3000:]
+    run(*flags, "--train_batch_size", "6", "--output_dir", "one")
+    for name in ("adapter/adapter.safetensors", "head.safetensors"):
+        one, two = load_file(Path("one") / name), load_file(tmp_path / "two" / name)
+        for key, tensor in one.items():
+            torch.testing.assert_close(two[key], tensor, atol=1e-5, rtol=1e-3)
+    one, two = metrics("one"), metrics(str(tmp_path / "two"))
+    for name in ("target_images", "source_images", "source_accuracy", "target_accuracy"):
+        assert two[name] == pytest.approx(one[name], abs=1e-9), name
+
+
 def test_a_signal_ends_the_run_with_a_checkpoint(run, script, monkeypatch):
     run("--output_dir", "whole")
     original, calls = script.Run.backward, []
@@ -258,9 +296,24 @@ def test_the_worlds_settings_are_options_of_the_script():
         assert (REPOSITORY / settings[name] / "data").is_dir()
 
 
-@pytest.mark.parametrize("file", sorted((REPOSITORY / "configs/paper").glob("*.yaml")), ids=lambda f: f.stem)
-def test_the_papers_recipes_parse(script, file):
-    if "train_scripts/classification.py" in file.read_text():
-        options, method = script.parse(["--config", str(file)])
-        assert options.model_name_or_path and method is not None
-        assert yaml.safe_load(file.read_text())["adapter"] == options.adapter
+SWEEPS = [*sorted((REPOSITORY / "configs/paper/vision").glob("*.yaml")),
+          *(REPOSITORY / f"configs/sweeps/figure{n}.yaml" for n in (6, 7))]  # fmt: skip
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_sweeps_hold_settings_of_the_script(script, file, tmp_path):
+    plan = yaml.safe_load(file.read_text())
+    methods, subjects = plan["methods"], list((plan.get("subjects") or {"": {}}).values())
+    cells = [{**subjects[0], **method} for method in methods.values()]
+    cells += [{**subject, **next(iter(methods.values()))} for subject in subjects[1:]]
+    for name, values in (plan.get("factors") or {}).items():
+        one = values if isinstance(values, dict) else {"values": values}
+        label = one.get("methods", list(methods))[0]
+        cells += [{**subjects[0], **methods[label], name: value} for value in one["values"]]
+    assert len(cells) >= len(methods) >= 6
+    for cell in cells:
+        settings = {**plan.get("fixed", {}), **cell}
+        (tmp_path / "cell.yaml").write_text(yaml.safe_dump(settings))
+        options, chosen = script.parse(["--config", str(tmp_path / "cell.yaml")])
+        said = {**config.to_dict(options), **chosen.options()}
+        assert all(str(said[k]) == str(v) or float(said[k]) == float(v) for k, v in settings.items())
