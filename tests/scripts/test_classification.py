@@ -296,11 +296,13 @@ def test_the_worlds_settings_are_options_of_the_script():
         assert (REPOSITORY / settings[name] / "data").is_dir()
 
 
-SWEEPS = [*sorted((REPOSITORY / "configs/paper/vision").glob("*.yaml")),
-          *(REPOSITORY / f"configs/sweeps/figure{n}.yaml" for n in (6, 7))]  # fmt: skip
+WORLD_SWEEPS = [REPOSITORY / f"configs/sweeps/figure{n}.yaml" for n in (6, 7)]
+PAPER_SWEEPS = sorted((REPOSITORY / "configs/paper/vision").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", [*WORLD_SWEEPS, *(pytest.param(f, marks=pytest.mark.slow) for f in PAPER_SWEEPS)], ids=lambda f: f.stem
+)
 def test_sweeps_hold_settings_of_the_script(script, file, tmp_path):
     plan = yaml.safe_load(file.read_text())
     methods, subjects = plan["methods"], list((plan.get("subjects") or {"": {}}).values())
