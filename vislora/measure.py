@@ -63,7 +63,7 @@ def norms(adapter: Handle, instead: Mapping[str, Update] | None = None) -> dict[
             out[name] = Norms(frobenius, _largest_value(delta.flatten(1)), size, 2.0, frobenius, None)
         return out
     for name, site, tensors, update in adapter.site_updates():
-        values = _singular_values(update if instead is None else instead[name], site)
+        values = singular_values(update if instead is None else instead[name], site)
         bound = adapter.method.bound(tensors)
         p = 2.0 if bound is None else bound.p
         out[name] = Norms(
@@ -84,7 +84,7 @@ def _largest_value(matrix: Tensor) -> float:
     return linalg.top_svd(matrix, 1, niter=8, generator=torch.Generator().manual_seed(0))[1][0].item()
 
 
-def _singular_values(update, site: Site) -> Tensor:
+def singular_values(update, site: Site) -> Tensor:
     """Of the update, without forming it where it is a plain product of low rank."""
     up, down = update.factors()
     if update.row_scale is None and up.shape[-1] <= min(up.shape[-2], down.shape[-1]):

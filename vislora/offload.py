@@ -16,7 +16,8 @@ _REMEDY = "do it before offloading, or offload to memory by pipe.enable_model_cp
 def is_hooked(module: nn.Module) -> bool:
     """Whether such a library wraps the module's forward: what its parameters hold outside of it may be nothing.
 
-    diffusers' pipelines leave registries that hold no hook: those wrap nothing. Asked for every site at every forward, so by the dictionary: a miss of nn.Module's own look-up takes microseconds.
+    diffusers' pipelines leave registries that hold no hook: those wrap nothing. Asked for every site at every forward,
+    so by the dictionary: a miss of nn.Module's own look-up takes microseconds.
     """
     if is_compiling():
         return False

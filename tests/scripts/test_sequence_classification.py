@@ -184,9 +184,9 @@ def test_bad_input_gets_one_line(run, tmp_path, capsys):
 
 
 def test_the_gradient_probe_is_logged_and_changes_neither_adapter_nor_head(run):
-    for folder, more in (("plain", ()), ("probed", ("--probe_steps", "1"))):
-        run("--adapter", "sorsa", "--output_dir", folder, *more)
+    for place, more in (("plain", ()), ("probed", ("--probe_steps", "1"))):
+        run("--adapter", "sorsa", "--output_dir", place, *more)
     for file in ("adapter.safetensors", "head.safetensors"):
-        plain, probed = (read(Path(folder) / "adapter" / file)[0] for folder in ("plain", "probed"))
+        plain, probed = (read(Path(place) / "adapter" / file)[0] for place in ("plain", "probed"))
         assert all(torch.equal(t, probed[k]) for k, t in plain.items())
     assert [line["step"] for line in lines("probed") if "cosine" in line] == [1, 2]

@@ -126,7 +126,7 @@ def _datasets(flag: str):
     try:
         import datasets
     except ImportError:
-        raise EnvironmentFault(flag, "needs the package datasets", 'pip install "vislora[language]"') from None
+        raise EnvironmentFault(flag, "needs the package datasets", 'pip install "vislora[datasets]"') from None
     datasets.disable_progress_bars()
     return datasets
 

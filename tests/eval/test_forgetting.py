@@ -1,0 +1,94 @@
+"""eval/forgetting.py on runs of the classification script: the same scores again, comparisons over seeds."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState, PartialState
+from script_runs import REPOSITORY
+from tiny_vit import image_folder, parquet_folder, save_timm
+
+from vislora.errors import InputError
+from vislora.vision import compare, results
+
+
+def module(path: str):
+    name = f"loaded_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / path)
+    made = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for their types
+    spec.loader.exec_module(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two seeds of an adapter at two ratios, and a linear probe."""
+    place = tmp_path_factory.mktemp("runs")
+    save_timm(place / "vit")
+    image_folder(place / "target", 3, train=8, test=4, seed=5)
+    parquet_folder(place / "source", train=4, test=3)
+    script = module("train_scripts/classification.py")
+    usual = ["--model_name_or_path", str(place / "vit"), "--dataset_name", str(place / "target"),
+             "--source_dataset_name", str(place / "source"), "--max_train_steps", "2", "--train_batch_size", "4",
+             "--train_val_split", "0.25", "--logging_steps", "1", "--report_to", "none"]  # fmt: skip
+    both = [(ratio, seed) for ratio in (0.1, 0.8) for seed in (0, 1)]
+    flags_of = {f"nb{r}-{s}": ["--rank", "2", "--delta_ratio", str(r), "--seed", str(s)] for r, s in both}
+    for name, flags in {**flags_of, "probe-0": ["--adapter", "none"]}.items():
+        AcceleratorState._reset_state()
+        PartialState._reset_state()
+        script.main([*usual, *flags, "--output_dir", str(place / "sweep" / name)])
+    return place / "sweep"
+
+
+def test_a_run_is_scored_again_to_the_same_figures(runs):
+    run = runs / "nb0.8-0"
+    module("eval/forgetting.py").main(["--run", str(run)])
+    found, said = json.loads((run / "forgetting.json").read_text()), json.loads((run / "metrics.json").read_text())
+    for name in ("target_accuracy", "source_accuracy", "source_accuracy_before", "geometric_mean", "target_loss"):
+        assert found[name] == pytest.approx(said[name], abs=1e-6), name
+    assert found["source_feature_cka"] == pytest.approx(said["source_feature_cka"], abs=1e-6)
+    assert found["largest"]["nuclear_ratio"] == pytest.approx(said["nuclear_ratio"], rel=1e-4)
+    assert set(found["norms"]) == {f"blocks.{i}.attn.qkv[{b}]" for i in range(2) for b in "qv"}
+    assert found["neighbours"] == {"k": [10], "bank": 16} and "source_knn10_accuracy" in found
+    module("eval/forgetting.py").main(["--run", str(run), "--unlabelled", "--best"])
+    found = json.loads((run / "forgetting.json").read_text())
+    assert "source_accuracy" not in found and 0 < found["source_feature_cka"] <= 1 + 1e-9
+
+
+def test_runs_are_compared_over_seeds(runs, tmp_path):
+    module("eval/forgetting.py").main(["--runs", str(runs), "-o", str(tmp_path / "out")])
+    with open(tmp_path / "out" / "compared.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["method"], r["delta_ratio"], r["seeds"]) for r in rows] == [
+        ("nb_lora", "0.1", "2"), ("nb_lora", "0.8", "2"), ("none", "", "1"),
+    ]  # fmt: skip
+    for name in ("trade_off.png", "steps.png", "over_delta_ratio.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 1000
+    values = [json.loads((runs / f"nb0.1-{s}/metrics.json").read_text())["target_accuracy"] for s in (0, 1)]
+    assert float(rows[0]["target_accuracy"]) == pytest.approx(np.mean(values), abs=1e-5)
+    assert results.curve(runs / "probe-0" / "metrics.jsonl")["source_accuracy"]
+
+
+def test_intervals_are_students():
+    stats = pytest.importorskip("scipy.stats")
+
+    values = [0.4, 0.5, 0.7, 0.65]
+    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    mean, half = compare.interval(values)
+    assert mean - half == pytest.approx(low, abs=1e-3) and mean + half == pytest.approx(high, abs=1e-3)
+    assert np.isnan(compare.interval([0.5])[1])
+
+
+def test_refusals(tmp_path):
+    script = module("eval/forgetting.py")
+    for argv, words in ([], "one run to score"), (["--run", str(tmp_path)], "no config.yaml"), (
+        ["--runs", str(tmp_path), "-o", str(tmp_path)], "hold no run that has ended"
+    ):
+        with pytest.raises(InputError, match=words):
+            script.main(argv)

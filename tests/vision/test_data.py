@@ -1,0 +1,132 @@
+"""Image sets from every kind of place, and the parts of them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_vit import image_folder, parquet_folder
+
+from vislora.errors import InputError
+from vislora.vision import data
+
+
+def idx(folder, pixels: np.ndarray, labels: np.ndarray, stem: str = "train", packed: bool = True) -> None:
+    for name, values in ((f"{stem}-images-idx3-ubyte", pixels), (f"{stem}-labels-idx1-ubyte", labels)):
+        head = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
+        body = head + values.astype(np.uint8).tobytes()
+        file = folder / (f"{name}.gz" if packed else name)
+        file.write_bytes(gzip.compress(body) if packed else body)
+
+
+def test_class_folders(tmp_path):
+    folder = image_folder(tmp_path / "set", classes=3, train=4, test=2)
+    train, test = data.load(str(folder), "train"), data.load(str(folder), "test")
+    assert (len(train), len(test)) == (12, 6) and train.classes == test.classes == ("class0", "class1", "class2")
+    assert train.labels == (0,) * 4 + (1,) * 4 + (2,) * 4 and train.read(5).mode == "RGB"
+    (folder / "test").rename(folder / "val")
+    assert data.load(str(folder), "test").labels == test.labels
+    assert len(data.load(str(folder), "train+val")) == 18
+    with pytest.raises(InputError, match="no split 'trian'.*did you mean train"):
+        data.load(str(folder), "trian")
+
+
+def test_parquet_is_read_with_its_class_names(tmp_path):
+    folder = parquet_folder(tmp_path / "set", classes=2, train=3, test=2)
+    train, test = data.load(str(folder), "train"), data.load(str(folder), "test")
+    assert train.classes == ("thing0", "thing1") and train.labels == (0, 0, 0, 1, 1, 1) and len(test) == 4
+    assert np.asarray(train.read(0)).shape == (20, 16, 3)
+    with pytest.raises(InputError, match="one of image, label"):
+        data.load(str(folder), "train", label_column="class")
+
+
+def test_what_datasets_saved_is_the_same_as_its_parquet(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = parquet_folder(tmp_path / "set", classes=2, train=3, test=2)
+    datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache")).save_to_disk(str(tmp_path / "saved"))
+    for split in ("train", "test"):
+        one, two = data.load(str(folder), split), data.load(str(tmp_path / "saved"), split)
+        assert one.classes == two.classes and one.labels == two.labels
+        assert all(np.array_equal(one.read(i), two.read(i)) for i in range(len(one)))
+
+
+def test_idx_and_json_digits(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (6, 28, 28)), np.arange(6) % 3
+    for packed in (True, False):
+        place = tmp_path / f"idx{packed}"
+        place.mkdir()
+        idx(place, pixels, labels, packed=packed)
+        found = data.load(str(place), "train")
+        assert found.labels == tuple(labels) and np.array_equal(np.asarray(found.read(4))[..., 1], pixels[4])
+        with pytest.raises(InputError, match="has neither t10k-images"):
+            data.load(str(place), "test")
+    (tmp_path / "idxFalse" / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + b"\0" * 20)
+    with pytest.raises(InputError, match="its header does not fit"):
+        data.load(str(tmp_path / "idxFalse"), "train")
+
+    place = tmp_path / "package" / "src" / "digits"
+    place.mkdir(parents=True)
+    for digit in range(10):
+        values = np.zeros((10, 28, 28))
+        values[:, 3, 4] = 0.5
+        (place / f"{digit}.json").write_text(json.dumps({"data": values.ravel().tolist()}))
+    train, test = (data.load(str(tmp_path / "package"), split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (80, 20) and np.asarray(train.read(0))[3, 4, 0] == 128
+    assert set(train.labels) == set(range(10))
+
+
+def test_validation_is_carved_by_class_and_seed(tmp_path):
+    whole = data.load(str(image_folder(tmp_path / "set", classes=3, train=10)), "train")
+    rest, held = whole.carve(0.2, seed=0)
+    assert len(rest) == 24 and sorted(held.labels) == [0, 0, 1, 1, 2, 2]
+    assert whole.carve(0.2, 0)[1].labels == held.labels
+    pictures = {rest.read(i).tobytes() for i in range(len(rest))} | {held.read(i).tobytes() for i in range(len(held))}
+    assert len(pictures) == 30  # no image is in both
+    other = whole.carve(0.2, seed=1)[1]
+    assert {other.read(i).tobytes() for i in range(6)} != {held.read(i).tobytes() for i in range(6)}
+    assert len(whole.carve(0.0, 0)[1]) == 0
+    with pytest.raises(InputError, match="not one image a class"):
+        whole.carve(0.01, 0)
+    few = whole.sample(7, 0)
+    assert len(few) == 7 and few.labels == whole.sample(7, 0).labels and whole.sample(None, 0) is whole
+
+
+def test_sets_whose_links_are_dead_say_what_to_fill(tmp_path):
+    for name, words in {"SUN397": "Partitions/Training_01.txt", "StanfordCars": "cars_test_annos_withlabels.mat",
+                        "CUB200": "image_class_labels.txt", "imagenet": "ILSVRC2012"}.items():  # fmt: skip
+        with pytest.raises(InputError) as error:
+            data.load(name, "train", root=str(tmp_path))
+        assert f"fill {tmp_path}/" in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(InputError, match="is no folder and no set of torchvision.*did you mean cifar100"):
+        data.load("cifar_1000", "train")
+
+
+def test_filled_layouts_are_read(tmp_path):
+    sun = tmp_path / "SUN397"
+    (sun / "Partitions").mkdir(parents=True)
+    for k, side in enumerate(("Training", "Testing")):
+        lines = []
+        for name in ("a/abbey", "b/beach"):
+            (sun / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (k, 0, 0)).save(sun / name / f"{side}.jpg")
+            lines.append(f"/{name}/{side}.jpg")
+        (sun / "Partitions" / f"{side}_02.txt").write_text("\n".join(lines))
+    found = data.load("sun397", "test", root=str(tmp_path), config="2")
+    assert found.classes == ("a/abbey", "b/beach") and found.labels == (0, 1) and found.read(1).size == (8, 8)
+
+    cub = tmp_path / "CUB_200_2011"
+    (cub / "images" / "001.Crow").mkdir(parents=True)
+    (cub / "images.txt").write_text("1 001.Crow/a.jpg\n2 001.Crow/b.jpg\n")
+    (cub / "image_class_labels.txt").write_text("1 1\n2 1\n")
+    (cub / "train_test_split.txt").write_text("1 1\n2 0\n")
+    (cub / "classes.txt").write_text("1 001.Crow\n")
+    Image.new("RGB", (8, 8), (7, 7, 7)).save(cub / "images" / "001.Crow" / "b.jpg")
+    found = data.load("cub200", "test", root=str(tmp_path))
+    assert found.classes == ("Crow",) and len(found) == 1 and found.read(0).getpixel((0, 0))[0] in range(5, 10)

@@ -1,0 +1,133 @@
+"""Labelled images by name: torchvision's sets, folders of class folders, Hugging Face datasets, idx and JSON digits.
+
+`load` gives one split as an `ImageSet`, whatever it was read from; nothing beyond labels is held in memory but for
+what its reader holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+
+from PIL import Image
+
+from vislora.data import images
+from vislora.errors import InputError, near
+from vislora.training.random import epoch_order
+
+_TESTS = ("test", "validation", "valid", "val", "dev")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Item i is the RGB image read(i), of class labels[i], called classes[labels[i]]."""
+
+    name: str
+    classes: tuple[str, ...]
+    labels: tuple[int, ...]
+    read: Callable[[int], Image.Image]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, chosen: Sequence[int]) -> ImageSet:
+        """The items at these places, in this order."""
+        kept, read = list(chosen), self.read
+        return replace(self, labels=tuple(self.labels[i] for i in kept), read=lambda i: read(kept[i]))
+
+    def sample(self, count: int | None, seed: int, stream: str = "subset") -> ImageSet:
+        """`count` items by chance of `seed`, in their old order; all for None or a larger count."""
+        if count is None or count >= len(self):
+            return self
+        return self.subset(sorted(epoch_order(seed, 0, len(self), stream)[:count]))
+
+    def carve(self, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
+        """(the rest, a share of every class) by chance of `seed`: validation that no test image has a part in."""
+        order, by_class = epoch_order(seed, 0, len(self), "validation split"), {}
+        for i in order:
+            by_class.setdefault(self.labels[i], []).append(i)
+        held = {i for own in by_class.values() for i in own[: round(share * len(own))]}
+        if share > 0 and not held:
+            wrong = f"{share:g} of {len(self)} images in {len(by_class)} classes is not one image a class"
+            raise InputError("--train_val_split", wrong, "give more images, or a larger share")
+        rest = [i for i in range(len(self)) if i not in held]
+        return self.subset(rest), self.subset(sorted(held))
+
+    def fingerprint(self) -> str:
+        """Of name, order and labels: what a resumed run must find again."""
+        said = repr((Path(self.name).name, self.classes, self.labels)).encode()
+        return sha256(said).hexdigest()
+
+
+def load(name: str, split: str, *, config: str | None = None, root: str = "data", image_column: str | None = None,
+         label_column: str | None = None) -> ImageSet:  # fmt: skip
+    """One split of the dataset called `name`.
+
+    name: a torchvision set (see `torchvision_sets.NAMES`), a folder, or a hub id. A folder may hold a dataset that
+    `datasets` reads (save_to_disk's, or parquet), train/ and test/ of class folders, idx files, or JSON digits.
+    split: "train", "test" (the folder's or hub's validation split where it has no test), or as it is called there;
+    several joined by +. config: of a hub dataset, or the partition of a torchvision set that has several. root: where
+    torchvision's sets lie or go. Raises InputError, in one line, for what is missing, with the layout to fill.
+    """
+    from vislora.vision import digits, tables, torchvision_sets
+
+    parts = [p for p in split.split("+") if p]
+    if len(parts) > 1:
+        words = {"config": config, "root": root, "image_column": image_column, "label_column": label_column}
+        return join([load(name, part, **words) for part in parts])
+    folder = Path(name)
+    if torchvision_sets.known(name) and not folder.is_dir():
+        return torchvision_sets.load(name, split, root, config)
+    if not folder.is_dir():
+        if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.parent.is_dir():
+            sets = torchvision_sets.NAMES
+            wrong = f"is no folder and no set of torchvision{near(name.lower(), sets)}"
+            raise InputError(f"dataset {name}", wrong, f"name a folder, a hub id, or {', '.join(sets)}")
+        return tables.load(name, split, config, image_column, label_column)
+    if digits.recognise(folder):
+        return digits.load(folder, split)
+    if tables.recognise(folder):
+        return tables.load(name, split, config, image_column, label_column)
+    return _class_folders(folder, split)
+
+
+def join(sets: Sequence[ImageSet]) -> ImageSet:
+    """Several sets of the same classes as one, in order."""
+    first = sets[0]
+    if any(s.classes != first.classes for s in sets):
+        raise InputError(f"dataset {first.name}", "its splits have different classes", "join splits that agree")
+    starts = [sum(len(s) for s in sets[:k]) for k in range(len(sets))]
+
+    def read(i: int) -> Image.Image:
+        k = max(k for k, start in enumerate(starts) if start <= i)
+        return sets[k].read(i - starts[k])
+
+    return replace(first, labels=tuple(label for s in sets for label in s.labels), read=read)
+
+
+def pick_split(asked: str, there: Sequence[str], name: str) -> str:
+    """The split of `there` that `asked` means; "test" falls back on a validation split. InputError if there is none."""
+    if asked in there:
+        return asked
+    if asked in _TESTS:
+        found = [word for word in _TESTS if word in there]
+        if found:
+            return found[0]
+    wrong = f"has no split {asked!r}{near(asked, there)}"
+    raise InputError(f"dataset {name}", wrong, f"it has {', '.join(there) or 'none'}")
+
+
+def _class_folders(folder: Path, split: str) -> ImageSet:
+    """folder/SPLIT/CLASS/*.png and the like; classes are sorted by name, and the same in every split."""
+    splits = sorted(p.name for p in folder.iterdir() if p.is_dir() and any(q.is_dir() for q in p.iterdir()))
+    own = folder / pick_split(split, splits, str(folder))
+    classes = sorted({p.name for s in splits for p in (folder / s).iterdir() if p.is_dir()})
+    files = [
+        (file, classes.index(place.name)) for place in sorted(own.iterdir()) if place.is_dir()
+        for file in sorted(place.rglob("*")) if file.suffix.lower() in images.EXTENSIONS
+    ]  # fmt: skip
+    if not files:
+        raise InputError(str(own), "holds no image in any class folder", "put them into SPLIT/CLASS/")
+    return ImageSet(str(folder), tuple(classes), tuple(c for _, c in files), lambda i: images.read(files[i][0]))
