@@ -1,4 +1,4 @@
-"""Stage `measure`: the quality bars of tiny-sd and tiny-clip, written to work/measured.json and world/measured.json."""
+"""Stage `measure`: the quality bars of every shipped model, written to world/measured.json."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import numpy as np
 import scenes
 import torch
 import train_clip
+import train_dino
+import train_lpips
 import train_vae
 import world
+from classify import accuracy, single_objects
 from common import WORK, WORLD, grid, load_tensors, say
 from data import to_float
 
@@ -62,6 +65,21 @@ def share(found: list[str], wanted: list[str]) -> float:
     return sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted)
 
 
+def classifiers() -> dict:
+    """tiny-vit, tiny-dino and the LPIPS trunk as they ship, each on what it never saw."""
+    import timm
+
+    timm.layers.set_fused_attn(True)
+    vit, dino = (timm.create_model(f"local-dir:{WORLD / name}", pretrained=True).eval()
+                 for name in ("tiny-vit", "tiny-dino"))
+    held, truth, _ = single_objects("heldout")
+    names = train_dino.identities()
+    triples = train_lpips.measure()
+    return {"vit_heldout_top1": accuracy(vit, held, truth), "dino_identities": len(names),
+            "dino_nearest_on_unseen_backgrounds": train_dino.nearest(dino, train_dino.cached(names)),
+            "lpips_triples_in_order": triples.pop("all"), "lpips_by_distortion": triples}
+
+
 def run() -> None:
     """Measure, print, and write the figures and a labelled grid."""
     model, tok = train_clip.load()
@@ -76,6 +94,7 @@ def run() -> None:
         "clip_real_scenes_background": share(named(model, tok, real, "background"), places),
         "vae_heldout_l1": train_vae.heldout_l1(),
     }
+    result |= classifiers()
     wanted, texts = pairs(), prompts()
     drawn = sample(texts)
     objects, backs = (named(model, tok, drawn, kind) for kind in ("object", "background"))
