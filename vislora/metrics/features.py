@@ -1,4 +1,4 @@
-"""One pass over images: each is read once and looked at by every network that lacks it. Float32, whatever the machine."""
+"""One pass over images: each is read once and looked at by every network that lacks it, in float32 everywhere."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""LPIPS (Zhang et al. 2018) as a distance between vectors: every image passes the network once, pairs are subtractions.
+"""LPIPS (Zhang et al. 2018) as a distance between vectors: every image passes the network once, pairs subtract.
 
-The papers' is `lpips` 0.1 with AlexNet at 512 x 512; the world's a SqueezeNet trained on its scenes, without heads, and its
-column is called lpips_world, for no published number compares with it.
+The papers' is `lpips` 0.1 with AlexNet at 512 x 512. The world's is a SqueezeNet trained on its scenes, without heads,
+whose column is called lpips_world: no published number compares with it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def perceptual(source: str = WORLD, device: torch.device | str = "cpu") -> Perce
     if source == WORLD:
         file = _world("lpips", "squeezenet.safetensors") / "squeezenet.safetensors"
         network = _lpips(net="squeeze", lpips=False, pretrained=False, pnet_rand=True)
-        return Perceptual(_with_trunk(network, file), "world/squeezenet without heads", Transform(64, "bilinear"), device)
+        transform = Transform(64, "bilinear")
+        return Perceptual(_with_trunk(network, file), "world/squeezenet without heads", transform, device)
     transform = Transform(512, "bilinear")
     if source == PAPERS:
         try:

@@ -1,8 +1,8 @@
 """What each paper's numbers are, by name: which network, which transform, which pairs, which mean.
 
-oft: `oft-db/eval.py` of OFT (Qiu et al. 2023), whose columns ETHER and NB-LoRA print too. dreambooth: Ruiz et al. 2023, its
-transform that of DINO's hub code. customconcept: Custom Diffusion's CustomConcept101. dreambench_pp: DreamBench++'s DINO
-and CLIP columns (DINO S/8, one source image a subject; its DINOv2 and GPT columns are not here).
+oft: `oft-db/eval.py` of OFT (Qiu et al. 2023), whose columns ETHER and NB-LoRA print too. dreambooth: Ruiz et al. 2023;
+its transform, not stated there, is that of DINO's hub code. customconcept: CustomConcept101 of Custom Diffusion.
+dreambench_pp: DreamBench++'s DINO and CLIP columns, with one source image a subject; its DINOv2 and GPT are not here.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from vislora.errors import InputError, near
 
 @dataclass(frozen=True)
 class Protocol:
-    """dino, clip: short names of `vislora.metrics.backbones`; dino_transform: full (the image squashed, bilinear) or crop
-    (256 bicubic, cut 224). reduction: of `vislora.metrics.cells`. clip_t_scale, clip_t_floor: CLIP-T is scale * cosine, no
-    less than the floor. first_real: pairs with a subject's first photo alone."""
+    """dino, clip: short names of `vislora.metrics.backbones`; dino_transform: full (the image squashed, bilinear) or
+    crop (256 bicubic, cut 224). reduction: of `vislora.metrics.cells`. CLIP-T is clip_t_scale times the cosine, which
+    counts as clip_t_floor where it is less. first_real: pairs are with a subject's first photo alone."""
 
     name: str
     dino: str = "s16"

@@ -10,6 +10,7 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
+from vislora.errors import InputError
 from vislora.metrics import backbones, features
 from vislora.metrics.backbones import Backbone
 from vislora.metrics.cache import Cache
@@ -51,47 +52,59 @@ class Scored:
     drift: list[Compared] = field(default_factory=list)
 
 
+class Networks:
+    """Each network that `protocols` ask for, once. source: of `vislora.metrics.backbones`. dino, clip: networks in
+    place of the protocols' own. Making it raises what a missing network raises."""
+
+    def __init__(
+        self, protocols: Sequence[Protocol], source: str = backbones.WORLD, dino: str | None = None,
+        clip: str | None = None, device: torch.device | str = "cpu",
+    ):  # fmt: skip
+        self.protocols, self.source, self.made = list(protocols), source, {}
+        self.of = {}  # protocol's name: (DINO, CLIP)
+        for p in self.protocols:
+            own = source == backbones.WORLD  # whose networks stand for every name
+            how = "full" if own and dino is None else p.dino_transform
+            eyes = dino or ("s16" if own else p.dino)
+            words = clip or ("B32" if own else p.clip)
+            self.of[p.name] = (
+                self._once(("dino", eyes, how), lambda: backbones.dino(eyes, how, source, device)),  # noqa: B023
+                self._once(("clip", words), lambda: backbones.clip(words, source, device)),  # noqa: B023
+            )
+        self.perceptual = perceptual(source, device)
+
+    def _once(self, key: tuple, make: Callable[[], Backbone]) -> Backbone:
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
+
+
 @dataclass
 class Scorer:
-    """Scores subjects by any of `protocols` from one pass over their pictures.
+    """Scores subjects by any of the networks' protocols from one pass over their pictures.
 
-    source: of `vislora.metrics.backbones`. dino, clip: networks in place of the protocols' own. compat: OFT's defects:
-    a subject is compared with images of every subject whose name ends with its own (dog with backpack_dog), four images
-    a prompt count, the first by name, and all-black ones are left out. part, share: as in `vislora.metrics.features`.
+    compat: OFT's defects: a subject is compared with images of every subject whose name ends with its own (dog with
+    backpack_dog), four images a prompt count, the first by name, and all-black ones are left out. more: cells of other
+    metrics. part, share: as in `vislora.metrics.features`. InputError for a subject without photos or images.
     """
 
     subjects: Sequence[Scored]
-    protocols: Sequence[Protocol]
+    networks: Networks
     cache: Cache
-    source: str = backbones.WORLD
-    dino: str | None = None
-    clip: str | None = None
     compat: bool = False
-    device: torch.device | str = "cpu"
+    more: dict[str, Cells] = field(default_factory=dict)
     batch_size: int = 32
     part: tuple[int, int] = (0, 1)
     share: Callable[[dict], dict] = dict
     resamples: int = 1000
 
     def __post_init__(self):
-        self._made: dict[tuple, Backbone] = {}
-        self.networks = {p.name: (self._dino(p), self._clip(p)) for p in self.protocols}
-        self.perceptual = perceptual(self.source, self.device)
+        for subject in self.subjects:
+            drawn = sum(len(group.pictures) for group in subject.groups)
+            if not subject.real or not drawn:
+                wrong = f"has {len(subject.real)} photos and {drawn} generated images"
+                raise InputError(f"subject {subject.name}", wrong, "give both, in folders of equal names")
         self.scored = [self._counted(subject) for subject in self.subjects]
-
-    def _dino(self, protocol: Protocol) -> Backbone:
-        how = "full" if self.source == backbones.WORLD and self.dino is None else protocol.dino_transform
-        name = "s16" if self.source == backbones.WORLD and self.dino is None else self.dino or protocol.dino
-        return self._network("dino", name, lambda: backbones.dino(name, how, self.source, self.device), how)
-
-    def _clip(self, protocol: Protocol) -> Backbone:
-        name = "B32" if self.source == backbones.WORLD and self.clip is None else self.clip or protocol.clip
-        return self._network("clip", name, lambda: backbones.clip(name, self.source, self.device))
-
-    def _network(self, kind: str, name: str, make: Callable[[], Backbone], how: str = "") -> Backbone:
-        if (kind, name, how) not in self._made:
-            self._made[kind, name, how] = make()
-        return self._made[kind, name, how]
 
     def _counted(self, subject: Scored) -> Scored:
         """The subject with the images that count."""
@@ -108,21 +121,20 @@ class Scorer:
         """The groups that the subject's photos are compared with."""
         if not self.compat:
             return subject.groups
-        return [group for other in self.scored if f"{other.name}-".endswith(f"{subject.name}-") for group in other.groups]
+        return [group for other in self.scored if other.name.endswith(subject.name) for group in other.groups]
 
     def look(self) -> None:
         """Pass every picture through the networks that have not seen it."""
-        for backbone in self._made.values():
-            pictures = [p for s in self.scored for p in s.real]
-            pictures += [p for s in self.scored for g in (*s.groups, *s.classes) for p in g.pictures]
-            pictures += [p for s in self.scored for c in s.drift for p in (*c.adapted, *c.base)]
+        pictures = [p for s in self.scored for p in s.real]
+        pictures += [p for s in self.scored for g in (*s.groups, *s.classes) for p in g.pictures]
+        pictures += [p for s in self.scored for c in s.drift for p in (*c.adapted, *c.base)]
         words = {"batch_size": self.batch_size, "part": self.part, "share": self.share}
-        features.embed(pictures, list(self._made.values()), self.cache, **words)
+        features.embed(pictures, list(self.networks.made.values()), self.cache, **words)
         _ = self.lpips
 
     @cached_property
     def lpips(self) -> dict[str, Cells]:
-        """LPIPS: real x generated, within a prompt, and of the real images with and without pairs of one with itself."""
+        """LPIPS: real x generated, within a prompt, and between real images, without and with an image's own pair."""
         jobs, pairs = [], []
         for s in self.scored:
             jobs += [("lpips_real", s.name, g.prompt) for g in self._matched(s)]
@@ -132,7 +144,7 @@ class Scorer:
             jobs.append(("real", s.name, "real"))
             pairs.append((s.real, s.real))
         cells = {name: Cells() for name in ("lpips_real", "lpips_div", "exclude_self", "include_self")}
-        found = features.compare(pairs, self.perceptual, self.cache, self.part, self.share)
+        found = features.compare(pairs, self.networks.perceptual, self.cache, self.part, self.share)
         for (kind, subject, prompt), values in zip(jobs, found, strict=True):
             if kind == "real":
                 _add_real(cells, subject, values)
@@ -143,7 +155,7 @@ class Scorer:
 
     def cells(self, protocol: Protocol) -> tuple[dict[str, Cells], dict[str, dict[str, Cells]]]:
         """({metric: its cells}, {"exclude_self": {metric: the real images'}, "include_self": …})."""
-        dino, clip = self.networks[protocol.name]
+        dino, clip = self.networks.of[protocol.name]
         found = {name: Cells() for name in ("dino", "clip_i", "clip_t", "pres")}
         real = {name: {"exclude_self": Cells(), "include_self": Cells()} for name in ("dino", "clip_i")}
         for s in self.scored:
@@ -165,6 +177,7 @@ class Scorer:
                     a, b = (self._features(side, backbone) for side in (one.adapted, one.base))
                     for key in (name, f"{name}_{one.kind}"):
                         found.setdefault(key, Cells()).add(s.name, one.prompt, 1 - (a * b).sum(1))
+        found |= self.more
         found["lpips_real"], found["lpips_div"] = self.lpips["lpips_real"], self.lpips["lpips_div"]
         rows = {
             how: {**{name: cells[how] for name, cells in real.items()}, "lpips_real": self.lpips[how]}
@@ -225,17 +238,17 @@ class Scorer:
 
     def record(self, protocol: Protocol) -> dict:
         """Everything beside the images that the numbers are a function of."""
-        dino, clip = self.networks[protocol.name]
-        world = self.source == backbones.WORLD
+        dino, clip = self.networks.of[protocol.name]
+        world = self.networks.source == backbones.WORLD
         return {
             "dino": dino.identifier,
             "dino_transform": dino.transform.name,
             "clip": clip.identifier,
             "clip_transform": clip.transform.name,
-            "lpips": self.perceptual.identifier,
+            "lpips": self.networks.perceptual.identifier,
             "lpips_column": "lpips_world" if world else "lpips",
-            "lpips_transform": self.perceptual.transform.name,
-            "views": [dino.view, clip.view, self.perceptual.view],
+            "lpips_transform": self.networks.perceptual.transform.name,
+            "views": [dino.view, clip.view, self.networks.perceptual.view],
             "reduction": protocol.reduction,
             "clip_t_scale": protocol.clip_t_scale,
             "clip_t_floor": protocol.clip_t_floor,
