@@ -59,7 +59,8 @@ def embed(
 
 def matrix(pictures: Sequence[Picture], backbone: Backbone, cache: Cache) -> np.ndarray:
     """(n, d) unit features in float64, of pictures that `embed` has seen."""
-    return np.stack([cache.get(backbone.view, p.sha256).double().numpy() for p in pictures])
+    found = np.stack([cache.get(backbone.view, p.sha256).double().numpy() for p in pictures])
+    return found / np.linalg.norm(found, axis=1, keepdims=True)  # of length 1 in float64 too
 
 
 Pairs = tuple[Sequence[Picture], Sequence[Picture]]
