@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,7 @@ def test_a_run_is_drawn_and_scored(score, folder, capsys):
     assert (counts["generated"], counts["pairs"], counts["real_pairs"], counts["real_pairs_with_self"]) == (4, 12, 6, 9)
     record = result["record"]
     assert record["texts"] == {p: p.format("dog") for p in PROMPTS} and record["tokens"] == {"pet": "sks"}
-    assert record["steps"] == 2 and record["guidance"] == 2.0 and record["versions"]["torch"] == torch.__version__
+    assert record["steps"] == 2 and record["guidance"] == 2.0 and record["versions"]["torch"] == version("torch")
     assert record["lpips_column"] == "lpips_world" and "tiny-dino" in record["dino"]
     manifest = json.loads((folder / "eval" / "images" / "manifest.json").read_text())
     assert {image["prompt"] for image in manifest["images"].values()} == {p.format("sks dog") for p in PROMPTS}

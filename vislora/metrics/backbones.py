@@ -16,6 +16,7 @@ import open_clip
 import timm
 import torch
 from open_clip.transformer import QuickGELU
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vislora import world
@@ -174,7 +175,7 @@ def _made(name: str, make, *args, **options) -> nn.Module:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning, module="open_clip|timm")
             return make(*args, **options)
-    except (OSError, RuntimeError, ValueError, KeyError, FileNotFoundError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         hub = _HUB.get(name)
         where = f"DIR/{name}.safetensors, from the hub's {hub}, and give --backbones DIR" if hub else f"{name} whole"
         raise InputError(name, f"cannot be loaded ({brief(error)})", f"put {where}") from error
