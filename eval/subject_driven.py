@@ -170,7 +170,9 @@ class Drawing:
                 one.classes.append(Group(prompt, None, adapted))
         if self.adapter is not None and self.accelerator.is_main_process:
             unrelated = [prompt for prompt, kind in kinds.items() if kind == "unrelated"]
-            measured = drift.DenoisingDrift(self.models, self.adapter, unrelated, self.options.seed)
+            measured = drift.DenoisingDrift(
+                self.models, self.adapter, unrelated, self.options.seed, side=self.base.side
+            )  # fmt: skip
             for prompt, value in measured.values():
                 cells.add(one.name, prompt, value)
         elif self.adapter is None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +15,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from diffusers import UNet2DConditionModel
+from metric_world import tiny_dino
 from tiny_sd import tiny_sd
 
 import vislora
@@ -167,3 +171,27 @@ def test_bad_input_is_told_in_one_line(score, folder, noise, model):
     with pytest.raises(InputError, match="no such folder"):
         score("--generated", "made", "--real", "nowhere")
 
+
+
+@pytest.mark.slow
+def test_two_processes_give_one_s_result(score, folder, tmp_path):
+    dino = tiny_dino(tmp_path / "dino")
+    flags = ["--run", str(folder), "--dino", str(dino)]
+    alone = score(*flags, "--output_dir", "alone")
+    loopback = next((name for name in os.listdir("/sys/class/net") if name.startswith("lo")), None)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    environment |= {"GLOO_SOCKET_IFNAME": loopback} if loopback else {}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--main_process_port", str(port)]  # fmt: skip
+    usual = ["--prompts", "prompts.txt", "--steps", "2", "--images", "2", "--drift_images", "1", "--batch_size", "2",
+             "--resamples", "20", "--cache_dir", "cache of two"]  # fmt: skip
+    command = [*launch, str(REPOSITORY / "eval" / "subject_driven.py"), *flags, *usual, "--output_dir", "two"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads((tmp_path / "two" / "eval" / "subject_driven.json").read_text())
+    for name, value in alone["metrics"].items():
+        assert two["metrics"][name] == pytest.approx(value, abs=2e-3), name  # batches differ, and with them rounding

@@ -67,7 +67,8 @@ def test_two_processes_draw_what_one_does(folder, tmp_path):
     own = models.load(folder)
     way = draw.Sampling(draw.digest(own), "none", "dpm", 1, 2.0, own.resolution)
     jobs = draw.jobs([f"word {i}" for i in range(5)], 2, 0)
-    assert len({job.seed for job in jobs}) == 2 and [job.file for job in jobs[:3]] == ["000_0.png", "000_1.png", "001_0.png"]
+    assert len({job.seed for job in jobs}) == 2
+    assert [job.file for job in jobs[:3]] == ["000_0.png", "000_1.png", "001_0.png"]
     assert draw.draw(own, jobs, tmp_path / "one", way, 4) == 10
     counts = [draw.draw(own, jobs, tmp_path / "two", way, 4, (rank, 2)) for rank in range(2)]
     assert counts == [6, 4]

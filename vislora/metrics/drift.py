@@ -52,14 +52,15 @@ class DenoisingDrift:
 
     The latents are the base model's own images of `prompts`, drawn once with few sampler steps, `repeats` times each
     noised by draws that are a function of `seed` alone. `measure` needs as many forwards of the denoiser as there are
-    noisy latents, in batches of `batch_size`. Make it where the adapter is attached; what it trains is not touched.
+    noisy latents, in batches of `batch_size`. side: of the images in pixels, None for the model's own. Make it where
+    the adapter is attached; what it trains is not touched.
     """
 
     def __init__(
         self, models: DiffusionModels, adapter: Handle, prompts: Sequence[str], seed: int = 0, repeats: int = 4,
-        steps: int = 10, batch_size: int = 8,
+        steps: int = 10, batch_size: int = 8, side: int | None = None,
     ):  # fmt: skip
-        self.models, self.batch_size = models, batch_size
+        self.models, self.batch_size, self.side = models, batch_size, side or models.resolution
         process = (FlowMatching if models.family.flow else DDPM)(models.scheduler)
         self.prompts = [prompt for prompt in prompts for _ in range(repeats)]
         with adapter.disabled():
@@ -90,11 +91,10 @@ class DenoisingDrift:
                 streams = [generator(seed, "drift image", start + i) for i in range(len(chunk))]
                 found = pipeline(
                     prompt=chunk, generator=streams, num_inference_steps=steps, guidance_scale=models.guidance,
-                    output_type="latent", **models.drawing,
+                    output_type="latent", height=self.side, width=self.side, **models.drawing,
                 ).images  # fmt: skip
                 if found.ndim == 3:  # Flux's, packed two by two
-                    side = models.resolution
-                    found = pipeline._unpack_latents(found, side, side, pipeline.vae_scale_factor)
+                    found = pipeline._unpack_latents(found, self.side, self.side, pipeline.vae_scale_factor)
                 parts.append(found.float())
         return torch.cat(parts)
 
@@ -109,7 +109,7 @@ class DenoisingDrift:
                 ids = conditioning.tokenize(models, self.prompts[chosen])
                 condition = conditioning.encode(models, ids)
                 if models.family.has_time_ids:
-                    side = float(models.resolution)
+                    side = float(self.side)
                     sizes = torch.tensor([[side, side, 0.0, 0.0, side, side]], device=models.device)
                     condition = {**condition, "time_ids": sizes.expand(len(self.prompts[chosen]), -1)}
                 noisy, times = self.noised.noisy[chosen], self.noised.timesteps[chosen]
