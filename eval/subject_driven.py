@@ -104,7 +104,7 @@ class Drawing:
         self.batch_size = o.batch_size or (25 if side <= 256 else 4)
         self.base = draw.Sampling(
             model=draw.digest(self.models), adapter="none", scheduler=o.scheduler or ("euler" if flow else "dpm"),
-            steps=o.steps or (12 if setup.of_world else 25), guidance=self.models.guidance, side=side,
+            steps=o.steps or (10 if setup.of_world else 25), guidance=self.models.guidance, side=side,
         )  # fmt: skip
         self.adapter, self.sampling = None, self.base
         if setup.adapter is not None:

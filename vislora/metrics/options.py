@@ -45,7 +45,7 @@ class ScoreOptions:
 
     images: int = option(4, "for each prompt", group=_DRAW)
     scheduler: str | None = option(None, "dpm or ddim, of flow matching euler; none: dpm, or euler", group=_DRAW)
-    steps: int | None = option(None, "sampler steps of an image; none: 25, of the world's model 12", group=_DRAW)
+    steps: int | None = option(None, "sampler steps of an image; none: 25, of the world's model 10", group=_DRAW)
     guidance_scale: float | None = option(None, "none: the run's, or the family's", group=_DRAW)
     resolution: int | None = option(None, "side of the images in pixels; none: the run's, or the model's", group=_DRAW)
     batch_size: int | None = option(None, "images at a time; none: 25 up to 256 pixels, else 4", group=_DRAW)

@@ -176,7 +176,7 @@ class Scorer:
                 for name, backbone in (("drift_dino", dino), ("drift_clip", clip)):
                     a, b = (self._features(side, backbone) for side in (one.adapted, one.base))
                     for key in (name, f"{name}_{one.kind}"):
-                        found.setdefault(key, Cells()).add(s.name, one.prompt, 1 - (a * b).sum(1))
+                        found.setdefault(key, Cells()).add(s.name, one.prompt, np.maximum(1 - (a * b).sum(1), 0))
         found |= self.more
         found["lpips_real"], found["lpips_div"] = self.lpips["lpips_real"], self.lpips["lpips_div"]
         rows = {
