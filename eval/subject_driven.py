@@ -39,6 +39,7 @@ from vislora.metrics.cells import Cells
 from vislora.metrics.options import ScoreOptions
 from vislora.metrics.pictures import examine, listing
 from vislora.metrics.score import Compared, Group, Networks, Scored, Scorer
+from vislora.training import checkpoint
 from vislora.training.cores import use_cores
 
 RESULT = "subject_driven.json"
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
     use_cores(accelerator.num_processes, options.cpu_threads)
     # What can be known to be wrong is found before anything is drawn.
     setup = None if options.generated else inputs.setup(options)
-    output = (Path(options.output_dir or options.generated) if setup is None else setup.output) / "eval"
+    output = Path(options.output_dir or options.generated) / "eval" if setup is None else setup.output
     asked = [protocols.get(name) for name in dict.fromkeys(options.protocol)]
     networks = Networks(asked, options.backbones, options.dino, options.clip, accelerator.device)
     cache = Cache(options.cache_dir or default_folder())
@@ -110,7 +111,10 @@ class Drawing:
         if setup.adapter is not None:
             parts = {name: self.models.parts[name] for name in (self.models.family.denoiser, *self.models.family.clip)}
             self.adapter = vislora.load(parts, setup.adapter)
-            self.sampling = replace(self.base, adapter=draw.file_digest(setup.adapter))
+            if setup.checkpoint is not None:
+                self.adapter.load_tensors(checkpoint.load(setup.checkpoint).tensors["adapter"])
+            weights = setup.checkpoint or setup.adapter / "adapter"
+            self.sampling = replace(self.base, adapter=draw.file_digest(weights if weights.exists() else setup.adapter))
 
     def go(self) -> tuple[list[Scored], dict[str, Cells], dict]:
         """(subjects with their pictures, cells of what is not measured on pictures, what to record of the drawing)."""
@@ -135,7 +139,8 @@ class Drawing:
                 self._drift(subject, one, more["drift_denoising"])
             scored.append(one)
         return scored, more, {
-            "base": self.setup.base, "adapter": str(self.setup.adapter or "none"), **vars(self.sampling),
+            **{"adapter_digest" if k == "adapter" else k: v for k, v in vars(self.sampling).items()},
+            "base": self.setup.base, "adapter": str(self.setup.checkpoint or self.setup.adapter or "none"),
             "batch_size": self.batch_size, "images": o.images, "drift_images": o.drift_images if o.drift else 0,
             "seed": o.seed, "tokens": {subject.name: token for subject, token in self.setup.subjects},
         }  # fmt: skip

@@ -19,6 +19,8 @@ from metric_world import tiny_dino
 from tiny_sd import tiny_sd
 
 import vislora
+from vislora.errors import InputError
+from vislora.training import checkpoint
 from vislora.training.run import RunFolder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -143,6 +145,22 @@ def test_every_tool_s_file_draws_the_same(score, folder, adapters, model):
             assert found[name] == (None if value is None else pytest.approx(value, abs=5e-3)), (form, name)
 
 
+def test_a_checkpoint_takes_the_adapter_s_place(score, folder, model):
+    handle = vislora.load({"unet": UNet2DConditionModel.from_pretrained(model / "unet")}, folder)
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in handle.named_tensors()}
+    checkpoint.save(folder / "checkpoints", 7, {"adapter": zeros}, {}, None)
+    final = score("--run", str(folder), "--output_dir", "final")
+    early = score("--run", str(folder), "--checkpoint", "latest", "--output_dir", "early")
+    assert final["metrics"]["drift_denoising"] > early["metrics"]["drift_denoising"] == 0
+    assert early["metrics"]["drift_dino"] == pytest.approx(0, abs=1e-9)
+    assert "checkpoint-7" in early["record"]["adapter"]
+    assert early["record"]["adapter_digest"] != final["record"]["adapter_digest"]
+    with pytest.raises(InputError, match=r"--checkpoint checkpoint-8: no such folder.*or latest"):
+        score("--run", str(folder), "--checkpoint", "checkpoint-8")
+    with pytest.raises(InputError, match="--checkpoint: is one of a run"):
+        score("--adapter", "none", "--checkpoint", "latest", "--output_dir", "x")
+
+
 def test_the_base_has_not_drifted(score, folder):
     result = score("--run", str(folder), "--adapter", "none", "--output_dir", "base")
     assert result["metrics"]["drift_dino"] == pytest.approx(0, abs=1e-9)
@@ -151,8 +169,6 @@ def test_the_base_has_not_drifted(score, folder):
 
 
 def test_bad_input_is_told_in_one_line(score, folder, noise, model):
-    from vislora.errors import InputError
-
     with pytest.raises(InputError, match="none of --run, --adapter and --generated"):
         score("--seed", "1")
     with pytest.raises(InputError, match="ofc.*unknown.*one of oft"):

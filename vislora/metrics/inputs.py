@@ -16,6 +16,7 @@ from vislora.metrics.options import ScoreOptions
 from vislora.metrics.pictures import examine, listing
 from vislora.metrics.score import Group, Scored
 from vislora.metrics.subjects import Subject, chosen, dataset, read_templates, token_and_noun
+from vislora.training import checkpoint
 from vislora.training.run import RunFolder
 
 TOKEN = "sks"
@@ -25,13 +26,15 @@ _NUMBERED = re.compile(r"(\d+)_(\w+)")
 @dataclass(frozen=True)
 class Setup:
     """base: the model's folder or hub id; adapter: what `vislora.load` reads, None for the base alone; subjects with
-    the word for each; settings: the run's config.yaml, empty without a run; output: where eval/ goes."""
+    the word for each; settings: the run's config.yaml, empty without a run; output: the folder of results; checkpoint:
+    of the run, whose tensors take the place of the adapter's."""
 
     base: str
     adapter: Path | None
     subjects: list[tuple[Subject, str]]
     settings: dict[str, Any]
     output: Path
+    checkpoint: Path | None = None
 
     @property
     def of_world(self) -> bool:
@@ -52,7 +55,15 @@ def setup(options: ScoreOptions) -> Setup:
     adapter = None if adapter in (None, "none") else Path(adapter)
     if adapter is not None and not adapter.exists():
         raise InputError(f"--adapter {adapter}", "does not exist", "name an adapter's file or folder, or none")
-    return Setup(base, adapter, _subjects(o, settings), settings, Path(o.output_dir or o.run))
+    output, place = Path(o.output_dir or o.run) / "eval", None
+    if o.checkpoint is not None:
+        root = RunFolder(Path(o.run)).checkpoints
+        try:
+            place = checkpoint.resolve(root, o.checkpoint)
+        except InputError as error:  # which speaks of resuming
+            raise InputError(f"--checkpoint {o.checkpoint}", error.wrong, f"name one in {root}, or latest") from error
+        output = output if o.output_dir else output / place.name
+    return Setup(base, adapter, _subjects(o, settings), settings, output, place)
 
 
 def _subjects(options: ScoreOptions, settings: dict[str, Any]) -> list[tuple[Subject, str]]:

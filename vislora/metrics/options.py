@@ -25,6 +25,10 @@ class ScoreOptions:
         None, "an adapter's file or folder, ours, diffusers', kohya's or PEFT's, in place of the run's; none: the base "
         "model alone", group=_INPUT,
     )  # fmt: skip
+    checkpoint: str | None = option(
+        None, "of --run, in place of its final adapter: latest or a folder such as checkpoint-300; results go to "
+        "eval/checkpoint-300", group=_INPUT,
+    )  # fmt: skip
     generated: str | None = option(
         None, "a folder of images, or of subjects' folders of images, <prompt>_<number>.png; nothing is drawn",
         group=_INPUT,
@@ -100,7 +104,7 @@ class ScoreOptions:
         for name in self.protocol:
             protocols.get(name)
         if self.generated is not None:
-            for name in ("run", "base", "adapter"):
+            for name in ("run", "base", "adapter", "checkpoint"):
                 if getattr(self, name) is not None:
                     raise InputError(f"--{name}", "stands beside --generated, which draws nothing", "give one of them")
             if self.real is None and self.data is None:
@@ -109,5 +113,7 @@ class ScoreOptions:
         elif self.run is None and self.adapter is None:
             wrong = "none of --run, --adapter and --generated is given"
             raise InputError("subject_driven.py", wrong, "name a run's folder by --run; see --help")
+        elif self.checkpoint is not None and (self.run is None or self.adapter is not None):
+            raise InputError("--checkpoint", "is one of a run", "give its --run, and no --adapter")
         elif self.run is None and self.output_dir is None:
             raise InputError("--output_dir", "is needed where no run is named", "name a folder for the results")
