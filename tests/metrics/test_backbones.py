@@ -1,0 +1,83 @@
+"""Networks by name, file and folder; what is missing is named with its place."""
+
+from __future__ import annotations
+
+import json
+
+import open_clip
+import pytest
+import timm
+import torch
+from metric_world import tiny_dino
+from safetensors.torch import save_file
+
+from vislora import world
+from vislora.errors import InputError
+from vislora.metrics import backbones
+from vislora.metrics.transforms import IMAGENET, OPENAI
+
+
+def test_papers_weights_from_a_folder(tmp_path, monkeypatch):
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"  # small, in the place of vit_small_patch16_224.dino
+    monkeypatch.setitem(backbones.DINO, "s16", name)
+    with pytest.raises(InputError, match=rf"{name}.safetensors: no such file -> put its weights"):
+        backbones.dino("s16", "full", str(tmp_path))
+    model = timm.create_model(name, num_classes=0)
+    save_file(model.state_dict(), tmp_path / f"{name}.safetensors")
+    whole, cut = (backbones.dino("s16", how, str(tmp_path)) for how in ("full", "crop"))
+    assert whole.identifier == f"timm/{name}"
+    assert whole.transform.name.startswith("full224_bilinear") and cut.transform.name.startswith("r256c224_bicubic")
+    assert (whole.transform.mean, whole.transform.std) == IMAGENET
+    assert whole.view != cut.view
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs = model.eval()(x)
+    assert torch.allclose(whole.images(x), theirs / theirs.norm(dim=1, keepdim=True), atol=1e-6)
+
+
+def test_clip_from_a_folder_has_quickgelu(tmp_path, monkeypatch):
+    towers = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    for name, quick in (("small-quickgelu", True), ("small", False)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**towers, "quick_gelu": quick}))
+    open_clip.add_model_config(tmp_path)
+    for name in ("small-quickgelu", "small"):
+        save_file({k: v.contiguous() for k, v in open_clip.create_model(name).state_dict().items()},
+                  tmp_path / f"{name}.safetensors")  # fmt: skip
+    monkeypatch.setitem(backbones.CLIP, "L14", "small-quickgelu")
+    clip = backbones.clip("L14", str(tmp_path))
+    assert (clip.transform.mean, clip.transform.std) == OPENAI and clip.transform.name.startswith("r32c32_bicubic")
+    assert clip.texts(["a dog", "a cat"]).norm(dim=1) == pytest.approx(1, abs=1e-6)
+    with pytest.raises(InputError, match="small has GELU activations, OpenAI's weights need QuickGELU"):
+        backbones.clip("small", str(tmp_path))
+
+
+def test_the_world_s_networks(small_world):
+    dino, clip = backbones.dino("s16", "full"), backbones.clip("L14")
+    assert dino.identifier == "world/tiny-dino" and clip.identifier == "world/tiny-clip"
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert dino.images(x).norm(dim=1) == pytest.approx(1, abs=1e-6)
+    with torch.no_grad():
+        assert torch.allclose(clip.images(x), clip.network.encode_image(x, normalize=True), atol=1e-6)
+    red, other = clip.texts(["a red apple on grass", "a red apple on grass"])
+    assert torch.equal(red, other)
+
+
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(world, "ROOT", tmp_path)
+    with pytest.raises(InputError, match=r"tiny-dino/model.safetensors: is not there.*--backbones papers"):
+        backbones.dino("s16", "full")
+    with pytest.raises(InputError, match=r"ViT-L-14-quickgelu.safetensors: no such file.*timm/vit_large"):
+        backbones.clip("L14", str(tmp_path))
+    with pytest.raises(InputError, match="'vit_smal' is no network"):
+        backbones.dino("vit_smal", "full")
+    with pytest.raises(InputError, match="'B31' is no network that open_clip knows.*B32"):
+        backbones.clip("B31")
+    folder = tiny_dino(tmp_path / "mine")
+    assert backbones.dino(str(folder), "full").identifier == str(folder)
+    (folder / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        backbones.dino(str(folder), "full")
