@@ -165,10 +165,10 @@ def choices(plan: Plan, sweep: Path, tuning: list[Cell], partly: bool = False) -
                 wrong = f"no run of {method!r} gave {setting.by}"
                 raise InputError(f"tune, {setting.name}", wrong, "see the logs of its cells, mend, run again")
             chosen.setdefault(method, {})[setting.name] = value
-            tried = setting.values_for(method)
-            numbers = all(isinstance(one, int | float) for one in tried)
-            edge = numbers and len(tried) > 1 and value in (min(tried), max(tried))
-            print(f"{method}: {setting.name} = {value}, by {setting.by}{' (the edge of what was tried)' * edge}")
+            if not partly:
+                tried = setting.values_for(method)
+                edge = len(tried) > 1 and value in (tried[0], tried[-1])
+                print(f"{method}: {setting.name} = {value}, by {setting.by}{' (at the end of its list)' * edge}")
     return chosen
 
 

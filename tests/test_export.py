@@ -68,7 +68,7 @@ def test_layout_and_certificate(pipe, tmp_path):
     q = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     assert tensors[f"{q}.lora_A.weight"].shape == (4, 16) and tensors[f"{q}.lora_B.weight"].shape == (16, 4)
     assert "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight" in tensors
-    assert header["format"] == "pt" and set(header) == {"format", CERTIFICATE}
+    assert header["format"] == "pt" and set(header) == {"format", CERTIFICATE, "modelspec.architecture"}
     stated = json.loads(header[CERTIFICATE])
     assert stated["method"] == "nb_lora" and stated["options"]["delta"] == 0.5
     assert stated["modules"].keys() == norms(adapter).keys()

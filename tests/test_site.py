@@ -52,7 +52,7 @@ def test_suffixes_slices_and_patterns():
         (["to_q", "to_w"], ("to_w",)),
         (["unet-attention", "to_q"], ("unet-attention", "alone")),
         ("unet-atention", ("unet-attention",)),
-        (["conv_in"], ("conv_in", "Conv2d")),
+        (["conv_norm_out"], ("conv_norm_out", "GroupNorm")),
         ("to_(", ("to_(", "regular expression")),
         ([], ("matches no layer",)),
     ],
@@ -68,9 +68,30 @@ def test_whole_and_slice_of_one_matrix_are_refused():
         find(timm_vit(), ["qkv", "qkv[q]"])
 
 
-def test_projection_inside_multihead_attention_is_not_offered():
+def test_convolutions_are_named_not_preset():
+    model = unet()
+    convolutions = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    every = names(model, "all-linear")
+    assert convolutions and not convolutions & set(every + names(model, None))
+    assert len(names(model, ["proj_in", "proj_out"])) == 2 * len(names(model, ["attn1.to_q"]))
+    by_pattern = names(model, r"(.*\.)?(conv\w*|proj_in|proj_out)")
+    assert by_pattern == [n for n in dict(model.named_modules()) if n in convolutions]
+    (site,) = find(model, ["conv_in"])
+    assert (site.m, site.n, site.shape) == (8, 4 * 9, (8, 4, 3, 3))
+
+
+def test_multihead_attention_is_offered_by_rows_and_whole():
     model = nn.TransformerEncoderLayer(8, 2, 16)
-    assert names(model, "all-linear") == ["linear1", "linear2"]
+    raw = "self_attn.in_proj_weight"
+    assert names(model, "all-linear") == [raw, "self_attn.out_proj", "linear1", "linear2"] == names(model, None)
+    assert names(model, "vit-qv") == [f"{raw}[q]", f"{raw}[v]"]
+    four = [*(f"{raw}[{s}]" for s in "qkv"), "self_attn.out_proj"]
+    assert names(model, "attention") == names(model, "text-encoder-attention") == four
+    apart = nn.MultiheadAttention(8, 2, kdim=6, vdim=4)
+    assert names(apart, "all-linear") == ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj"]
+    assert [(s.m, s.n) for s in find(apart, "vit-qv")] == [(8, 8), (8, 4)]
+    with pytest.raises(InputError, match="dropout: 0.5 beside self_attn.in_proj_weight"):
+        attach(model, "lora", rank=2, dropout=0.5, targets="vit-qv")
 
 
 def test_components_and_their_own_targets():

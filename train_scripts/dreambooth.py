@@ -4,7 +4,7 @@ On the embedded world, offline, in minutes on two CPU cores:
 
     accelerate launch train_scripts/dreambooth.py --adapter nb_lora --p 1 --delta 6
 
-On your own photos and a Stable Diffusion 1.x or 2.x:
+On your own photos and a Stable Diffusion 1.x, 2.x, XL or 3, or Flux:
 
     accelerate launch --mixed_precision bf16 train_scripts/dreambooth.py --adapter nb_lora --p 1 --delta 6 \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
@@ -18,7 +18,7 @@ import logging
 import math
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,16 +31,20 @@ from tqdm.auto import tqdm
 import vislora
 from vislora import adapters, config, optim, world
 from vislora.baselines import BASELINES
-from vislora.data.captions import check_tokens
-from vislora.diffusion import conditioning, loss, models, validation
+from vislora.diffusion import conditioning, models, objective, publish, quantize, validation
+from vislora.diffusion.base import facts_of
 from vislora.diffusion.dataset import class_set, instance_set
+from vislora.diffusion.denoising import Denoising, checkpoint_activations
+from vislora.diffusion.estimate import estimate
 from vislora.diffusion.options import FREE_ON_RESUME, DreamBoothOptions
 from vislora.diffusion.results import conclude, draw_base
 from vislora.diffusion.verify import exported_error
 from vislora.errors import InputError, run_script
+from vislora.export import kohya_copy
 from vislora.training import checkpoint, telemetry
 from vislora.training.cores import use_cores
 from vislora.training.dry_run import describe
+from vislora.training.ema import EMA
 from vislora.training.random import first_position, generator
 from vislora.training.resume import load_state, require_same_run, save_state
 from vislora.training.run import InterruptFlag, RunFolder
@@ -57,17 +61,26 @@ def main(argv: list[str]) -> None:
     use_cores(accelerator.num_processes, options.cpu_threads)
 
     # Everything that can be known to be wrong is found before anything large is loaded.
+    telemetry.require_trackers(options.report_to)
+    quantize.require_quantizable(options.base_quantization, method)
     prompts = validation.prompts_of(options.validation_prompt)
-    photos = instance_set(options, options.resolution or models.resolution_of(options.pretrained_model_name_or_path))
+    facts = facts_of(options.pretrained_model_name_or_path, options.revision)
+    photos = instance_set(options, objective.require_fit(options, facts))
     RunFolder.check(options.output_dir, options.resume_from_checkpoint)
+    if options.push_to_hub and not options.dry_run:
+        publish.require_hub(options.hub_model_id)
 
-    dtype = models.weight_dtype(precision, method)
     diffusion = models.load(
-        options.pretrained_model_name_or_path, options.revision, options.variant, dtype, accelerator.device
-    )
+        options.pretrained_model_name_or_path, options.revision, options.variant,
+        models.weight_dtype(precision, method), accelerator.device, guidance=options.guidance_scale,
+        sequence=options.max_sequence_length, noise=objective.schedule_changes(options),
+        quantization=options.base_quantization,
+    )  # fmt: skip
+    objective.process_of(options, diffusion)  # refuses a noise schedule that cannot be trained by
     adapter = attach(options, method, diffusion)
     if options.dry_run:
-        print(describe(adapter, f"{len(photos)} photos, first caption: {photos.captions[0]!r}"))
+        data = f"{len(photos)} photos, first caption: {photos.captions[0]!r}"
+        print(describe(adapter, data, str(estimate(options, adapter, diffusion, photos, accelerator))))
         return
     main_process = accelerator.is_main_process
     folder = RunFolder.create(options.output_dir, options.resume_from_checkpoint) if main_process else None
@@ -85,7 +98,8 @@ def parse(argv: list[str]) -> tuple[DreamBoothOptions, vislora.Method]:
         methods={name: adapters.get(name) for name in vislora.methods()} | BASELINES,
     )  # fmt: skip
     options, method = config.parse(DreamBoothOptions, argv, **words)
-    if options.pretrained_model_name_or_path is None and options.instance_data_dir is None:
+    named = options.pretrained_model_name_or_path, options.instance_data_dir, options.concepts_list
+    if not any(named):
         options, method = config.parse(DreamBoothOptions, argv, base=world.defaults("dreambooth"), **words)
     options.require_whole()
     optim.require_fit(options.optimizer, method)
@@ -93,10 +107,10 @@ def parse(argv: list[str]) -> tuple[DreamBoothOptions, vislora.Method]:
 
 
 def attach(options: DreamBoothOptions, method: vislora.Method, diffusion: models.DiffusionModels) -> vislora.Adapter:
-    """The adapter on the UNet and, where it trains, the text encoder; refused now if it could not be exported."""
-    parts, targets = {"unet": diffusion.unet}, {"unet": options.target_words()}
-    if options.train_text_encoder:
-        parts["text_encoder"], targets["text_encoder"] = diffusion.text_encoder, None
+    """The adapter on the denoiser and, where they train, the text encoders; refused now if it could not be exported."""
+    targets = {diffusion.family.denoiser: options.target_words()}
+    targets |= dict.fromkeys(diffusion.family.clip if options.train_text_encoder else ())
+    parts = {name: diffusion.parts[name] for name in targets}
     adapter = vislora.attach(parts, method, targets=targets, seed=options.seed)
     adapter.check_exportable(options.export_rank)
     return adapter
@@ -108,34 +122,36 @@ class Run:
     def __init__(self, options, adapter, accelerator, diffusion, photos, prompts, folder):
         self.options, self.adapter, self.folder = options, adapter, folder
         self.accelerator, self.models = accelerator, diffusion
-        self.main, self.photos, self.classes = accelerator.is_main_process, photos, None
+        self.main, self.photos, classes = accelerator.is_main_process, photos, None
         photos.use(diffusion, self.main)
-        texts = [*photos.captions, *([options.class_prompt] if options.with_prior_preservation else [])]
-        check_tokens(diffusion.tokenizer, [*texts, *prompts], "prompt")
+        texts = [*photos.texts(), *(set(photos.classes) if options.with_prior_preservation else ())]
+        conditioning.warn_of_cuts(diffusion, [*texts, *prompts])
         with adapter.disabled():  # class images and cached embeddings are the base model's
-            self.embeddings = conditioning.EmbeddingCache(diffusion, texts)
+            embeddings = conditioning.EmbeddingCache(diffusion, texts)
             if options.class_images():
                 with accelerator.main_process_first():
-                    self.classes = class_set(options, diffusion, folder.path, self.main)
-                self.classes.use(diffusion, self.main)
+                    classes = class_set(options, diffusion, folder.path, self.main)
+                classes.use(diffusion, self.main, photos)
         self.sampler = diffusion.pipeline()
-        self.validation = validation.Validation(options, prompts, [p.path for p in photos.photos], folder.samples)
+        paths = [photo.path for photo in photos.photos]
+        self.validation = validation.Validation(options, prompts, paths, folder.samples, diffusion)
 
-        optimizer = optim.from_options(options, self.adapter, {"text_encoder": options.text_encoder_lr})
+        encoders = diffusion.family.clip if options.train_text_encoder else ()
+        optimizer = optim.from_options(options, self.adapter, dict.fromkeys(encoders, options.text_encoder_lr))
         a_step = options.train_batch_size * options.gradient_accumulation_steps * accelerator.num_processes
-        self.total = options.max_train_steps or options.num_train_epochs * math.ceil(len(photos) / a_step)
+        epoch = photos.epoch(options.train_batch_size)
+        self.total = options.max_train_steps or options.num_train_epochs * math.ceil(epoch / a_step)
         self.scheduler = get_scheduler(
             options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps, num_training_steps=self.total,
             num_cycles=options.lr_num_cycles, power=options.lr_power,
         )  # fmt: skip
-        if options.gradient_checkpointing:
-            diffusion.unet.enable_gradient_checkpointing()
-            if options.train_text_encoder:
-                diffusion.text_encoder.gradient_checkpointing_enable()
-        self.unet, self.optimizer = accelerator.prepare(diffusion.unet, optimizer)
-        self.text_encoder = accelerator.prepare(diffusion.text_encoder) if options.train_text_encoder else None
-        self.predict = loss.denoiser(self.unet, diffusion.dtype)
+        checkpoint_activations(options, diffusion)
+        self.network, self.optimizer = accelerator.prepare(diffusion.denoiser, optimizer)
+        prepared = {name: accelerator.prepare(diffusion.parts[name]) for name in encoders}
+        self.trained = [self.network, *prepared.values()]
+        self.denoising = Denoising(options, diffusion, adapter, photos, classes, embeddings, self.network, prepared)
         self.adapter.bind(self.optimizer, self.total, first_rate(self.scheduler, self.total))
+        self.ema = EMA(adapter.named_parameters(), options.ema_decay, warmup=True) if options.use_ema else None
 
     def go(self) -> None:
         """Train, from the start or a checkpoint, and leave the run's results in its folder."""
@@ -148,7 +164,11 @@ class Run:
                 self.validation.draw(self.sampler, 0)
             steps = itertools.count()  # a data-driven start sees the run's first batches
             self.adapter.prepare(lambda: self.backward(next(steps))["loss"])
-        with telemetry.Log(self.folder, o.report_to if self.main else "none") as log, InterruptFlag() as stop:
+            if self.ema is not None:  # which such a start has moved
+                self.ema = EMA(self.adapter.named_parameters(), o.ema_decay, warmup=True)
+        settings = {name: str(value) for name, value in config.to_dict(o).items()}
+        kind = o.report_to if self.main else "none"
+        with telemetry.Log(self.folder, kind, settings) as log, InterruptFlag() as stop:
             self.train(start, log, stop)
             if self.main and not stop:
                 self.finish(log)
@@ -159,11 +179,11 @@ class Run:
 
     def train(self, start: int, log: telemetry.Log, stop: InterruptFlag) -> None:
         """Optimizer steps start + 1 to the last; each goes by the numbers step and seed alone."""
-        o, trained = self.options, [m for m in (self.unet, self.text_encoder) if m is not None]
+        o = self.options
         bar = tqdm(total=self.total, initial=start, desc="training", disable=not self.main)
         sums: dict[str, torch.Tensor] = {}
         logged, since = start, time.perf_counter()
-        for model in trained:
+        for model in self.trained:
             model.train()
         for step in range(start, self.total):
             parts = self.backward(step)
@@ -173,6 +193,8 @@ class Run:
             self.optimizer.zero_grad()
             if not self.accelerator.optimizer_step_was_skipped:
                 self.scheduler.step()
+                if self.ema is not None:
+                    self.ema.update()
             sums = {name: sums.get(name, 0) + value.detach() for name, value in parts.items()}
             done = step + 1
             bar.update()
@@ -187,12 +209,13 @@ class Run:
             if self.main and (done % o.checkpointing_steps == 0 or stop):
                 self.save(done)
             if self.main and o.validation_steps and done % o.validation_steps == 0 and done < self.total:
-                log.images(done, "samples", self.validation.draw(self.sampler, done))
+                with self.averaged():
+                    log.images(done, "samples", self.validation.draw(self.sampler, done))
                 since = time.perf_counter()
             if stop:
                 break
         bar.close()
-        for model in trained:
+        for model in self.trained:
             model.eval()
 
     def backward(self, step: int) -> dict[str, torch.Tensor]:
@@ -205,8 +228,8 @@ class Run:
             )  # fmt: skip
             torch.manual_seed(generator(o.seed, "dropout", position).initial_seed())  # dropout knows no generators
             last = micro == micros - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.unet):
-                terms = self.losses(position)
+            with nullcontext() if last else self.accelerator.no_sync(self.network):
+                terms = self.denoising.losses(position)
                 self.accelerator.backward(terms["total"] / micros)
             for name, value in terms.items():
                 key = "loss" if name == "total" else f"loss_{name}"
@@ -216,31 +239,9 @@ class Run:
             self.accelerator.backward(parts["penalty"])
         return parts
 
-    def losses(self, position: int) -> dict[str, torch.Tensor]:
-        """The loss of the batch that begins at a global position."""
-        o, count, device = self.options, self.options.train_batch_size, self.accelerator.device
-        latents, prompts = self.photos.draw(position, count, device)
-        streams = [generator(o.seed, "noise", q) for q in range(position, position + count)]
-        prior = None
-        if self.classes is not None:
-            more, class_prompts = self.classes.draw(position, count, device)
-            latents, prompts = torch.cat([latents, more]), prompts + class_prompts
-            streams += [generator(o.seed, "class noise", q) for q in range(position, position + count)]
-            prior = loss.ClassImages(count, o.prior_loss_weight)
-        elif o.with_prior_preservation:
-            of_class = [o.class_prompt] * count
-            base = self.embeddings.lookup(of_class)
-            prior = loss.BaseOutput(self.embed(of_class), self.adapter.disabled, base, o.prior_loss_weight)
-        schedule, embeddings = self.models.scheduler, self.embed(prompts)
-        return loss.noise_prediction_loss(
-            self.predict, schedule, latents, embeddings, streams, snr_gamma=o.snr_gamma, prior=prior
-        )
-
-    def embed(self, prompts: list[str]) -> torch.Tensor:
-        """Embeddings (n, tokens, width): from the cache, or through the text encoder where that trains."""
-        if not self.options.train_text_encoder:
-            return self.embeddings.lookup(prompts)
-        return conditioning.encode(self.models, conditioning.tokenize(self.models, prompts), True, self.text_encoder)
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, what trains holds its moving average, where one is kept."""
+        return nullcontext() if self.ema is None else self.ema.swapped()
 
     def about(self) -> dict:
         own = {"adapter_options": self.adapter.method.options()}
@@ -250,6 +251,7 @@ class Run:
         save_state(
             self.folder.checkpoints, step, self.adapter, self.optimizer.optimizer, self.scheduler,
             self.accelerator.scaler, self.about(), self.options.checkpoints_total_limit,
+            {} if self.ema is None else {"ema": self.ema.state()},
         )  # fmt: skip
 
     def resume(self) -> int:
@@ -261,19 +263,27 @@ class Run:
             wrong = "holds other photos than the run began with"
             raise InputError(self.options.instance_data_dir, wrong, "restore them, or start a new run")
         load_state(saved, self.adapter, self.optimizer.optimizer, self.scheduler, self.accelerator.scaler)
+        if self.ema is not None:
+            self.ema.load_state(saved.tensors["ema"])
         if self.main:
             self.folder.rewind(saved.step)
             print(f"resumed {saved.path} at step {saved.step}")
         return saved.step
 
     def finish(self, log: telemetry.Log) -> None:
-        """The adapter in our format and in diffusers', the proof that stock diffusers reads it, images, the card."""
-        self.adapter.save(self.folder.adapter)
-        file = self.adapter.export(self.folder.path, "diffusers", self.options.export_rank)
-        error = exported_error(self.sampler, self.adapter, self.folder.path, rank=self.options.export_rank)
-        log.images(self.total, "samples", self.validation.draw(self.sampler, self.total))
-        grid = self.validation.compare(self.total)
-        conclude(self.folder, self.options, self.adapter, self.total, grid, self.models.pipeline_class, file, error)
+        """The adapter in our format and in stock tools', the proof that diffusers reads it, images, the card."""
+        o = self.options
+        with self.averaged():
+            self.adapter.save(self.folder.adapter)
+            file = self.adapter.export(self.folder.path, "diffusers", o.export_rank)
+            kind = getattr(self.models.scheduler.config, "prediction_type", None)
+            copy = kohya_copy(self.adapter, self.folder.path, o.export_rank, kind)
+            error = exported_error(self.sampler, self.adapter, self.folder.path, rank=o.export_rank)
+            log.images(self.total, "samples", self.validation.draw(self.sampler, self.total))
+            grid = self.validation.compare(self.total)
+            conclude(self.folder, o, self.adapter, self.total, grid, self.models.pipeline_class, file, error, copy)
+        if o.push_to_hub:
+            print(f"hub        {publish.push(self.folder.path, o.hub_model_id)}")
 
 
 if __name__ == "__main__":

@@ -17,16 +17,9 @@ from .errors import InputError
 from .handle import Handle
 from .part import Part
 from .quantized import is_quantized
+from .root import RootHook, install, part_holder, require_float_weights, require_untied, uninstall
 from .site import Site, qualified
-from .tap import (
-    RootHook,
-    install,
-    part_holder,
-    require_float_weights,
-    require_untied,
-    taps_of,
-    uninstall,
-)
+from .tap import taps_of
 from .update import Update
 
 log = logging.getLogger("vislora")
@@ -132,10 +125,9 @@ class Adapter(Handle):
             for site, update in zip(part.sites, part(), strict=True):
                 key = qualified(component, site.path)
                 if key not in out:
-                    whole = site.module.out_features, site.module.in_features  # a quantized weight's shape is packed
-                    out[key] = torch.zeros(whole, device=site.module.weight.device)
+                    out[key] = torch.zeros(site.shape, device=site.parameter.device)
                 rows = slice(None) if site.rows is None else site.rows
-                out[key][rows] += part.adapter_weight * update.dense(site.weight()).float()
+                out[key].flatten(1)[rows] += part.adapter_weight * update.dense(site.weight()).float()
         return out
 
     def base_weights(self) -> Iterator[tuple[str, list[int], Callable[[], Tensor]]]:
@@ -221,7 +213,7 @@ class Adapter(Handle):
     def check_exportable(self, rank: int | None = None) -> None:
         from .export import check_exportable
 
-        check_exportable(self)
+        check_exportable(self, rank=rank)
 
     def export(self, folder: str | Path, format: str = "diffusers", rank: int | None = None) -> Path:
         """Write what stock tools load, squeezed to `rank` where that is smaller. Returns the file, PEFT's folder.

@@ -14,9 +14,10 @@ from .adapters import Method, get
 from .baselines import BASELINES, Baseline
 from .errors import InputError, near
 from .handle import Handle, require_free
+from .layer import is_read
 from .part import Part
+from .root import part_holder, parts_of
 from .site import Site, find, qualified
-from .tap import part_holder, parts_of
 
 Search = Callable[[nn.Module, Any], list[Site]]
 Place = tuple[str, nn.Module, list[Site]]  # component, root, sites
@@ -87,9 +88,18 @@ def build(
         if f"vislora_{name}" in part_holder(root, sites[0].module)._modules:
             wrong = f"{name!r} is taken on this model"
             raise InputError("name", wrong, "give another name=, or detach that adapter first")
+        _require_inputs(method, sites)
     shared = shared_tensors(method, found, seed)
     parts = {c: (root, Part(root, sites, method, tensors[c], shared, name)) for c, (root, sites) in found.items()}
     return Adapter(name, method_name, method, parts, seed)
+
+
+def _require_inputs(method: Method, sites: list[Site]) -> None:
+    """Raise InputError for dropout on the inputs of a weight that is read, since they are not seen there."""
+    read = [site.name for site in sites if is_read(site.module)] if method.input_dropout else []
+    if read:
+        wrong = f"{method.input_dropout} beside {read[0]}, a weight that is read without its inputs"
+        raise InputError("dropout", wrong, "set it to 0, or leave that weight out of the targets")
 
 
 def _require_bare(found: dict[str, tuple[nn.Module, list[Site]]], word: str) -> None:

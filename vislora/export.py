@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,34 +15,47 @@ from torch import nn
 from .adapter import Adapter
 from .errors import InputError, near
 from .formats import Layer, store, written
-from .formats.lora import neutral_path
+from .formats.family import ARCHITECTURE, FAMILIES, PREDICTION, of_models
+from .formats.kohya import NO_MAGNITUDES, SGM
+from .formats.lora import COMPONENTS, TEXT_ENCODERS, neutral_path
+from .handle import Handle
 from .io import read
 from .measure import certificate
 from .site import qualified
 from .squeeze import Squeezed, squeeze
 
-# Components of SD 1.x/2.x by class name, for adapters on a bare module.
-_COMPONENT_OF = {"UNet2DConditionModel": "unet", "CLIPTextModel": "text_encoder"}
-_COMPONENTS = ("unet", "text_encoder")
+log = logging.getLogger("vislora")
+# Components by class name, for adapters on a bare module; of an encoder with a projection, SDXL's second may be meant or
+# SD3's first.
+_COMPONENT_OF = {
+    "UNet2DConditionModel": "unet", "CLIPTextModel": "text_encoder", "SD3Transformer2DModel": "transformer",
+    "FluxTransformer2DModel": "transformer",
+}  # fmt: skip
 FORMATS = ("diffusers", "kohya", "peft")
 CERTIFICATE = "vislora.certificate"
 
 
-def export(adapter: Adapter, folder: Path, format: str, rank: int | None = None) -> Path:
+def export(
+    adapter: Adapter, folder: Path, format: str, rank: int | None = None, words: Mapping[str, str] | None = None
+) -> Path:
     """Write `adapter` at strength 1 for other tools and return the file, of PEFT's the folder.
 
     folder: or, but for PEFT, the .safetensors file.
-    format: "diffusers" or "kohya", read by `pipe.load_lora_weights` for SD 1.x and 2.x; "peft", read by
-    `PeftModel.from_pretrained` for any model, in `folder` or, where components have names, in `folder`/<component>.
-    rank: squeeze every update to this rank, if it has a larger one; None loses nothing (see `vislora.squeeze`).
+    format: "diffusers", read by `pipe.load_lora_weights` for SD 1.x, 2.x, XL, 3 and Flux; "kohya", read by ComfyUI,
+    A1111 and, but for SD 3, by diffusers; "peft", read by `PeftModel.from_pretrained` for any model, in `folder` or,
+    where components have names, in `folder`/<component>.
+    rank: squeeze every update to this rank, if it has a larger one; None loses nothing (see `vislora.squeeze`). DoRA's
+    magnitudes stay beside it in PEFT's layout and in diffusers' of a denoiser; elsewhere the whole change of the weight
+    is squeezed, and without a rank it is refused.
+    words: entries for the header, such as modelspec.title.
     The whole scale is folded into the factors and a component has one rank, so that every reader's default
     (alpha = rank) is right; the header carries the measured certificate under a key that other tools ignore, with the
     norm that `rank` cost. What stands under the files' names is replaced.
     Raises InputError for a format, a rank, a component or a method that the file cannot hold.
     """
-    check_exportable(adapter, format)
-    squeezed = squeeze(adapter, rank)
-    header = {CERTIFICATE: json.dumps(certificate(adapter, squeezed))}
+    check_exportable(adapter, format, rank)
+    squeezed = squeezed_for(adapter, format, rank)
+    header = {**(words or {}), CERTIFICATE: json.dumps(certificate(adapter, squeezed)), **_model_words(adapter, format)}
     layers = _layers(adapter, squeezed, format)
     if format != "peft":
         files = written([layer for own in layers.values() for layer in own], format, header, folder)
@@ -54,6 +69,46 @@ def export(adapter: Adapter, folder: Path, format: str, rank: int | None = None)
             files |= {file: replace(part, config=_exact(part.config, root)) for file, part in parts.items()}
     store(files)
     return folder
+
+
+def kohya_copy(
+    handle: Handle, folder: Path, rank: int | None = None, prediction_type: str | None = None
+) -> Path | None:
+    """Write `folder`/lora.safetensors for ComfyUI and A1111 beside a diffusers export, and return it.
+
+    None, and one logged line that says why, where that layout cannot hold what was trained. prediction_type: the
+    scheduler's, for the header. A folder's pytorch_lora_weights.safetensors stays what diffusers loads of it.
+    """
+    words = {PREDICTION: {"v_prediction": "v"}.get(prediction_type, prediction_type)} if prediction_type else {}
+    try:
+        if not isinstance(handle, Adapter):
+            return handle.export(folder, "kohya", rank)
+        return export(handle, folder, "kohya", rank, words)
+    except InputError as error:
+        log.info("no kohya copy is written: %s", error)
+        return None
+
+
+def _model_words(adapter: Adapter, format: str) -> dict[str, str]:
+    """What the models at hand say of their family."""
+    family = of_models(adapter.roots)
+    words = {} if family is None else {ARCHITECTURE: f"{FAMILIES[family].architecture}/lora"}
+    layers = {getattr(getattr(root, "config", None), "layers_per_block", 2) for root in adapter.roots.values()}
+    # The original names count blocks by two layers each, as all that were released have.
+    return words | ({SGM: "no"} if format == "kohya" and layers != {2} else {})
+
+
+def squeezed_for(adapter: Adapter, format: str, rank: int | None) -> Squeezed:
+    """The updates as a layout's file holds them: at their rank, magnitudes folded in where it has no place for them."""
+    return squeeze(adapter, rank, _without_magnitudes(adapter, format))
+
+
+def _without_magnitudes(adapter: Adapter, format: str) -> list[str]:
+    """Components whose magnitudes a layout cannot hold."""
+    if format == "peft" or "magnitude" not in adapter.method.roles.values():
+        return []
+    named = {c: component_name(c, root, format) for c, root in adapter.roots.items()}
+    return [c for c, name in named.items() if format == "kohya" or name in TEXT_ENCODERS]
 
 
 def _layers(adapter: Adapter, squeezed: Squeezed, format: str) -> dict[str, list[Layer]]:
@@ -92,30 +147,31 @@ def read_certificate(file: Path) -> dict[str, Any]:
 
 
 def component_name(component: str, root: nn.Module, format: str = "diffusers") -> str:
-    """A component's folder or prefix in the layouts of SD 1.x; a bare module's goes by its class.
+    """A component's folder or prefix in the layouts of pipelines; a bare module's goes by its class.
 
     Raises InputError for one that has no place there.
     """
     kind = type(root).__name__
     name = component or _COMPONENT_OF.get(kind, kind)
-    if name not in _COMPONENTS:
+    if name not in COMPONENTS or (format == "diffusers" and kind == "T5EncoderModel"):
         raise InputError("export", f"the {format} layout has no place for {name}", "export it as peft, or adapter.save")
     return name
 
 
-def check_exportable(adapter: Adapter, format: str = "diffusers") -> None:
-    """Raise InputError if the layout cannot hold this adapter; cheap, so it can run before training."""
+def check_exportable(adapter: Adapter, format: str = "diffusers", rank: int | None = None) -> None:
+    """Raise InputError if the layout cannot hold this adapter at that rank; cheap, so it can run before training."""
     if format not in FORMATS:
         raise InputError("format", f"{format!r} is not written{near(format, FORMATS)}", f"take {', '.join(FORMATS)}")
-    has_magnitudes = "magnitude" in adapter.method.roles.values()
     for component, part in adapter.parts.items():
-        prefix = component if format == "peft" else component_name(component, adapter.roots[component], format)
+        if format != "peft":
+            component_name(component, adapter.roots[component], format)
         if any(site.rows is not None for site in part.sites):
             wrong = f"slices of a fused matrix have no place in the {format} layout"
             raise InputError("export", wrong, "use adapter.save")
-        if format == "diffusers" and prefix != "unet" and has_magnitudes:
-            wrong = f"diffusers drops {adapter.method_name}'s magnitudes in the {prefix}"
-            raise InputError("export", wrong, "export it as peft, adapt the UNet alone, or take another adapter")
-        if format == "kohya" and has_magnitudes:
+    lacking = _without_magnitudes(adapter, format)
+    if lacking and rank is None:
+        if format == "kohya":
             wrong = f"readers of kohya's files drop {adapter.method_name}'s magnitudes or read them otherwise"
-            raise InputError("export", wrong, "export it as diffusers or peft, or take another adapter")
+            raise InputError("export", wrong, NO_MAGNITUDES)
+        wrong = f"diffusers drops {adapter.method_name}'s magnitudes in the {lacking[0] or 'text_encoder'}"
+        raise InputError("export", wrong, "export it as peft, adapt the denoiser alone, or give a rank to fold it into")

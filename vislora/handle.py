@@ -35,6 +35,10 @@ class Handle(ABC):
         self._step_hook = None
         self._is_merged = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of model and handle together is whole, but follows no optimizer until it is bound to one.
+        return {**self.__dict__, "optimizer": None, "_step_hook": None}
+
     # ---- what trains
 
     @abstractmethod

@@ -25,7 +25,7 @@ from .handle import Handle
 from .linalg import precise
 from .measure import fingerprint
 from .quantized import is_quantized
-from .site import Site, find_named, qualified
+from .site import Site, candidates, find_named, qualified
 
 log = logging.getLogger("vislora")
 FILE = "adapter.safetensors"
@@ -253,7 +253,7 @@ def require_all(names: list[str], sites: list[Site], root: nn.Module, file: Path
     have = {site.name for site in sites}
     missing = [n for n in names if n not in have]
     if missing:
-        known = [n for n, m in root.named_modules() if isinstance(m, nn.Linear)]
+        known = list(candidates(root))
         wrong = f"{len(missing)} of its {len(names)} layers are not in {type(root).__name__}: {', '.join(missing[:5])}"
         raise InputError(str(file), wrong + near(missing[0], known), "load it into the model it was trained on")
 

@@ -51,11 +51,11 @@ class Part(nn.Module):
         name: str,
     ):
         super().__init__()
-        self.common = SiteTensors(shared).to(sites[0].module.weight.device)
+        self.common = SiteTensors(shared).to(sites[0].parameter.device)
         self.method, self.sites, self.adapter_name = method, sites, name
         self.store = nn.ModuleDict()
         for site, t in zip(sites, tensors, strict=True):
-            weight = site.module.weight
+            weight = site.parameter
             # Adapters stay in float32 on bf16 and fp16 bases: small steps would be rounded away.
             held = SiteTensors(t).to(weight.device)
             self.store[site.name.replace(".", "/")] = held.double() if weight.dtype == torch.float64 else held
@@ -85,7 +85,7 @@ class Part(nn.Module):
 
     def forward(self) -> list[Update]:
         """One Update for each site, in the order of `sites`; differentiable."""
-        with without_autocast(self.sites[0].module.weight.device):
+        with without_autocast(self.sites[0].parameter.device):
             updates: list[Update | None] = [None] * len(self.sites)
             for group in self._groups():
                 if len(group) == 1:
@@ -132,20 +132,20 @@ class Part(nn.Module):
     def _version(self) -> tuple:
         return torch.is_grad_enabled(), *((t.data_ptr(), t._version) for t in self.parameters())
 
-    def updates_of(self, module: nn.Module) -> list[tuple[Site, Update]]:
-        """The updates of one module. Computed now where the root was bypassed and those at hand do not fit."""
+    def updates_of(self, module: nn.Module, tensor: str) -> list[tuple[Site, Update]]:
+        """The updates of one weight. Computed now where the root was bypassed and those at hand do not fit."""
         stale = self._updates is None or (torch.is_grad_enabled() and not self._made[0])
         # Comparing every parameter's version at every tap would cost the square of the number of layers.
         if stale or (not self.inside and self._made[1:] != self._version()[1:]):
             self._compute()
-        return self._updates[module]
+        return [(site, update) for site, update in self._updates[module] if site.tensor == tensor]
 
     def clear(self) -> None:
         """Drop the computed updates; the next forward makes new ones."""
         self._updates = None
 
     def is_merged(self, site: Site) -> bool:
-        return self in tap_of(site.module).merged
+        return self in tap_of(*site.key).merged
 
     def __getstate__(self) -> dict:
         # Computed updates are graph nodes: they cannot be copied, and a copy makes its own.

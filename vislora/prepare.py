@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,8 @@ from .site import Site, qualified
 if TYPE_CHECKING:
     from .adapter import Adapter
 
+Key = tuple[nn.Module, str]  # a weight: its module and its name there
+
 
 def weight_gradients(
     adapter: Adapter, closure: Callable[[], Tensor], calls: int
@@ -32,39 +34,39 @@ def weight_gradients(
     of its own, it is the gradient of their mean; DDP leaves that of frozen weights alone.
     Raises InputError for layers that the loss does not reach, on every process if it is so on one.
     """
-    modules = {site.module: part for part in adapter.parts.values() for site in part.sites}
-    sums: dict[nn.Module, Tensor] = {}
-    with _watched(modules, sums), torch.random.fork_rng(_devices(modules)):
+    weights = {site.key: site for part in adapter.parts.values() for site in part.sites}
+    sums: dict[Key, Tensor] = {}
+    with _watched(weights.values(), sums), torch.random.fork_rng(_devices(weights.values())):
         for _ in range(calls):
             closure()
     for parameter in adapter.parameters():
         parameter.grad = None
     _require_reached(adapter, sums)
-    for module in modules:
-        sums[module] = distributed.mean(sums[module] / calls, module.weight.device)
+    for key, site in weights.items():
+        sums[key] = distributed.mean(sums[key] / calls, site.parameter.device).flatten(1)
     for part in adapter.parts.values():
         for site in part.sites:
-            yield part, site, sums[site.module] if site.rows is None else sums[site.module][site.rows]
+            yield part, site, sums[site.key] if site.rows is None else sums[site.key][site.rows]
 
 
-def _require_reached(adapter: Adapter, sums: dict[nn.Module, Tensor]) -> None:
+def _require_reached(adapter: Adapter, sums: dict[Key, Tensor]) -> None:
     """Raise InputError for the first site without a gradient, on all processes alike: one that waits would hang."""
     sites = [site for part in adapter.parts.values() for site in part.sites]
-    reached = torch.tensor([float(site.module in sums) for site in sites])
-    for site, share in zip(sites, distributed.mean(reached, sites[0].module.weight.device).tolist(), strict=True):
+    reached = torch.tensor([float(site.key in sums) for site in sites])
+    for site, share in zip(sites, distributed.mean(reached, sites[0].parameter.device).tolist(), strict=True):
         if share < 1:
             raise InputError(site.name, "got no gradient from the closure", "leave that layer out of the targets")
 
 
 @contextmanager
-def _watched(modules: dict[nn.Module, Part], sums: dict[nn.Module, Tensor]) -> Iterator[None]:
+def _watched(sites: Iterable[Site], sums: dict[Key, Tensor]) -> Iterator[None]:
     """Inside, weights collect gradients, which are added to `sums` and freed as soon as they are whole."""
-    kept = {module: module.weight.grad for module in modules if not is_quantized(module)}
+    kept = [(site.parameter, site.parameter.grad) for site in sites if not is_quantized(site.module)]
 
-    def collect(module: nn.Module) -> RemovableHandle:
+    def collect(site: Site) -> RemovableHandle:
         def add(gradient: Tensor) -> None:
             gradient = gradient.detach().to("cpu", torch.float32)
-            sums[module] = sums[module] + gradient if module in sums else gradient.clone()
+            sums[site.key] = sums[site.key] + gradient if site.key in sums else gradient.clone()
 
         def take(weight: Tensor) -> None:
             add(weight.grad)
@@ -74,21 +76,21 @@ def _watched(modules: dict[nn.Module, Part], sums: dict[nn.Module, Tensor]) -> I
             x = args[0] if args else kwargs["input"]
             return _Outer.apply(output, x, torch.empty(0, requires_grad=True), add)
 
-        if is_quantized(module):  # before the tap, which adds to what the module itself returns
-            return module.register_forward_hook(watch, prepend=True, with_kwargs=True)
-        module.weight.grad = None
-        module.weight.requires_grad_(True)
-        return module.weight.register_post_accumulate_grad_hook(take)
+        if is_quantized(site.module):  # before the tap, which adds to what the module itself returns
+            return site.module.register_forward_hook(watch, prepend=True, with_kwargs=True)
+        site.parameter.grad = None
+        site.parameter.requires_grad_(True)
+        return site.parameter.register_post_accumulate_grad_hook(take)
 
-    handles = [collect(module) for module in modules]
+    handles = [collect(site) for site in sites]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for module, gradient in kept.items():
-            module.weight.requires_grad_(False)
-            module.weight.grad = gradient
+        for weight, gradient in kept:
+            weight.requires_grad_(False)
+            weight.grad = gradient
 
 
 class _Outer(torch.autograd.Function):
@@ -150,8 +152,8 @@ def start_generator(adapter: Adapter, part: Part, site: Site) -> torch.Generator
     return _generator(adapter.seed, f"start/{qualified(component, site.name)}")
 
 
-def _devices(modules: dict[nn.Module, Part]) -> list[torch.device]:
-    return [d for d in {module.weight.device for module in modules} if d.type == "cuda"]
+def _devices(sites: Iterable[Site]) -> list[torch.device]:
+    return [d for d in {site.parameter.device for site in sites} if d.type == "cuda"]
 
 
 @torch.no_grad()

@@ -21,10 +21,10 @@ def is_quantized(module: nn.Module) -> bool:
     return library is not None and isinstance(module, (library.nn.Linear4bit, library.nn.Linear8bitLt))
 
 
-def require_readable(name: str, module: nn.Module) -> None:
-    """Raise InputError for a weight of whole numbers whose scales are not known here."""
-    if not module.weight.is_floating_point() and not is_quantized(module):
-        wrong = f"a {type(module).__name__} with a weight of {module.weight.dtype}"
+def require_readable(name: str, weight: Tensor, module: nn.Module) -> None:
+    """Raise InputError for a module's weight of whole numbers whose scales are not known here."""
+    if not weight.is_floating_point() and not is_quantized(module):
+        wrong = f"a {type(module).__name__} with a weight of {weight.dtype}"
         raise InputError(name, wrong, "quantize the base by bitsandbytes, or load it in bf16")
 
 

@@ -2,41 +2,68 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from .errors import InputError, near
+from .layer import CONVOLUTIONS
+from .presets import PRESETS, choose, own_preset
 from .quantized import require_readable
 
-_SLICES = ("q", "k", "v")  # the three equal row blocks of a fused projection, in timm's order
+_SLICES = ("q", "k", "v")  # the three equal row blocks of a fused projection, in timm's order and in torch's
+_FUSED = "in_proj_weight"
+_RAW = (_FUSED, "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of nn.MultiheadAttention
 
 
 @dataclass
 class Site:
-    """A weight of a module, or a block of its rows, that one update is added to.
+    """A weight of a module, or a block of its rows, that one update is added to, as a matrix (m, n).
 
+    A convolution's weight (out, in / groups, *kernel) is the matrix (out, n) with n = in / groups x the kernel's size.
     name: the module's qualified name, with "[q]", "[k]" or "[v]" for a row block of a fused projection.
     path: the module's qualified name. rows: the block's rows, None for all.
+    tensor: the parameter's name in the module. Where it is not "weight", it ends `path` and `name` too, as in
+    "attn.in_proj_weight[q]" of nn.MultiheadAttention.
     """
 
     name: str
     path: str
-    module: nn.Linear
+    module: nn.Module
     rows: slice | None = None
+    tensor: str = "weight"
+
+    @property
+    def key(self) -> tuple[nn.Module, str]:
+        """What the sites on one weight have in common: the module and its parameter's name."""
+        return self.module, self.tensor
+
+    @property
+    def parameter(self) -> Tensor:
+        """The module's live parameter, as the base has it or with what is merged; of a quantized one in its codes."""
+        held = self.module._parameters.get(self.tensor)
+        return getattr(self.module, self.tensor) if held is None else held
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The whole weight's shape, of a quantized one that of what it stands for."""
+        if isinstance(self.module, nn.Linear):
+            return self.module.out_features, self.module.in_features
+        return tuple(self.parameter.shape)
 
     @property
     def m(self) -> int:
         """Outputs."""
-        return self.module.out_features if self.rows is None else self.rows.stop - self.rows.start
+        return self.shape[0] if self.rows is None else self.rows.stop - self.rows.start
 
     @property
     def n(self) -> int:
         """Inputs."""
-        return self.module.in_features
+        return math.prod(self.shape[1:])
 
     def weight(self) -> Tensor:
         """The base weight (m, n), detached, float32 or float64, also while adapters are merged into the module.
@@ -45,7 +72,7 @@ class Site:
         """
         from .tap import base_weight
 
-        weight = base_weight(self.module)
+        weight = base_weight(self.module, self.tensor).flatten(1)
         weight = weight if self.rows is None else weight[self.rows]
         return weight if weight.dtype == torch.float64 else weight.float()
 
@@ -55,37 +82,17 @@ def qualified(component: str, name: str) -> str:
     return f"{component}.{name}" if component else name
 
 
-def _pattern(*leaves: str) -> re.Pattern[str]:
-    return re.compile(r"(.*\.)?(" + "|".join(leaves) + ")")
-
-
-# Each preset is a pattern over site names; "attention" and the linears need the model and are handled in `find`.
-PRESETS: dict[str, re.Pattern[str] | None] = {
-    "unet-attention": _pattern("to_q", "to_k", "to_v", r"to_out\.0", "add_q_proj", "add_k_proj", "add_v_proj"),
-    "text-encoder-attention": _pattern(r"self_attn\.(q|k|v|out)_proj"),
-    "vit-qv": _pattern(r"qkv\[[qv]\]", r"attention\.(query|value)", r"attention\.(q|v)_proj"),
-    "llm-linear": None,
-    "all-linear": None,
-    "attention": None,
-}
-_ATTENTION = (
-    PRESETS["unet-attention"],
-    _pattern(r"self_attn\.(q|k|v|o|out)_proj"),
-    _pattern(r"qkv\[[qkv]\]", r"attn\.proj"),
-    _pattern(r"attention\.(query|key|value)", r"attention\.output\.dense", r"attention\.(q|k|v|o)_proj"),
-)
-
-
 def find(model: nn.Module, targets: str | Iterable[str] | None) -> list[Site]:
     """The sites of `model` that `targets` names, in the model's own order.
 
     targets: a preset, a list of name suffixes, a regular expression for whole names, or None for the model's preset.
-    Raises InputError if nothing matches (with near misses), or if a target names something that is not a linear, or
-    one whose weight cannot be read.
+    Convolutions are taken where a suffix or an expression names them; presets have linear layers alone.
+    Raises InputError if nothing matches (with near misses), or if a target names something that is no linear layer or
+    convolution, or one whose weight cannot be read.
     """
-    sites = _candidates(model)
+    sites = candidates(model)
     if targets is None:
-        targets = _own_preset(model, sites)
+        targets = own_preset(model, sites)
     found = _select(model, sites, targets)
     if not found:
         raise InputError("targets", f"{targets!r} matches no layer", _remedy(model, sites, targets))
@@ -94,31 +101,35 @@ def find(model: nn.Module, targets: str | Iterable[str] | None) -> list[Site]:
         wrong = f"{min(twice)} is named whole and by a slice"
         raise InputError("targets", wrong, "name the whole matrix or its slices, not both")
     for site in found:
-        require_readable(site.name, site.module)
+        require_readable(site.name, site.parameter, site.module)
     return found
 
 
-def _candidates(model: nn.Module) -> dict[str, Site]:
-    """Every place that can be named: linears, and the row blocks of fused projections."""
+def candidates(model: nn.Module) -> dict[str, Site]:
+    """Every place that can be named: linears, convolutions, the parameters of nn.MultiheadAttention, and the row
+    blocks of fused projections."""
     sites = {}
-    parents = dict(model.named_modules())
-    for path, module in parents.items():
-        parent = parents.get(path.rpartition(".")[0])
-        # The projection inside nn.MultiheadAttention is never called as a module; its weight is read.
-        if not isinstance(module, nn.Linear) or isinstance(parent, nn.MultiheadAttention) or not path:
-            continue
-        sites[path] = Site(path, path, module)
-        if path.rpartition(".")[2] == "qkv" and module.out_features % 3 == 0:
-            third = module.out_features // 3
-            for i, label in enumerate(_SLICES):
-                name = f"{path}[{label}]"
-                sites[name] = Site(name, path, module, slice(i * third, (i + 1) * third))
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            names = [(qualified(path, tensor), tensor) for tensor in _RAW if module._parameters.get(tensor) is not None]
+        else:
+            names = [(path, "weight")] if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and path else []
+        for name, tensor in names:
+            sites[name] = site = Site(name, name, module, tensor=tensor)
+            if tensor == _FUSED or (name.rpartition(".")[2] == "qkv" and isinstance(module, nn.Linear)):
+                for label, rows in _thirds(site.m).items():
+                    sites[f"{name}[{label}]"] = replace(site, name=f"{name}[{label}]", rows=rows)
     return sites
+
+
+def _thirds(m: int) -> dict[str, slice]:
+    """The row blocks of a fused projection with m outputs; none where they are not equal."""
+    return {} if m % 3 else {label: slice(i * m // 3, (i + 1) * m // 3) for i, label in enumerate(_SLICES)}
 
 
 def _select(model: nn.Module, sites: dict[str, Site], targets: str | Iterable[str]) -> list[Site]:
     if isinstance(targets, str) and targets in PRESETS:
-        return _preset(model, sites, targets)
+        return choose(model, sites, targets)
     wanted = [targets] if isinstance(targets, str) else list(targets)
     if isinstance(targets, str):
         try:
@@ -146,43 +157,8 @@ def _ends(name: str, suffix: str) -> bool:
 def _refuse_other_kind(model: nn.Module, word: str) -> None:
     for name, module in model.named_modules():
         if name and _ends(name, word) and next(module.parameters(), None) is not None:
-            wrong = f"{name} is a {type(module).__name__}, not a linear layer"
-            raise InputError("targets", wrong, "name linear layers")
-
-
-def _preset(model: nn.Module, sites: dict[str, Site], preset: str) -> list[Site]:
-    if preset == "attention":
-        for pattern in _ATTENTION:
-            hits = [s for s in sites.values() if pattern.fullmatch(s.name)]
-            if hits:
-                return hits
-        return []
-    if PRESETS[preset] is not None:
-        return [s for s in sites.values() if PRESETS[preset].fullmatch(s.name)]
-    whole = [s for s in sites.values() if s.rows is None]
-    return whole if preset == "all-linear" else [s for s in whole if s.module is not _output_head(model, whole)]
-
-
-def _output_head(model: nn.Module, linears: list[Site]) -> nn.Module | None:
-    """The module that makes logits: transformers says which; elsewhere a top-level linear with a head's name."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    if head is None:
-        named = [s.module for s in linears if s.path in ("lm_head", "output", "head", "classifier", "score", "fc")]
-        head = named[0] if named else None
-    return head
-
-
-def _own_preset(model: nn.Module, sites: dict[str, Site]) -> str:
-    for preset in ("unet-attention", "vit-qv"):
-        if any(PRESETS[preset].fullmatch(name) for name in sites):
-            return preset
-    get = getattr(model, "get_output_embeddings", None)
-    if callable(get) and get() is not None:
-        return "llm-linear"
-    if any(PRESETS["text-encoder-attention"].fullmatch(name) for name in sites):
-        return "text-encoder-attention"
-    return "all-linear"
+            wrong = f"{name} is a {type(module).__name__}, not a linear layer or convolution"
+            raise InputError("targets", wrong, "name linear layers and convolutions")
 
 
 def _remedy(model: nn.Module, sites: dict[str, Site], targets) -> str:
@@ -190,7 +166,7 @@ def _remedy(model: nn.Module, sites: dict[str, Site], targets) -> str:
     words = [targets] if isinstance(targets, str) else list(targets)
     hint = "".join(near(w, list(PRESETS) + leaves) for w in words)
     names = ", ".join(leaves[:24]) or "none at all"
-    return f"linear layers of {type(model).__name__}{hint}: {names}; presets: {', '.join(PRESETS)}"
+    return f"layers of {type(model).__name__}{hint}: {names}; presets: {', '.join(PRESETS)}"
 
 
 def _leaf(name: str) -> str:
@@ -205,7 +181,7 @@ def find_named(model: nn.Module, names: Iterable[str]) -> list[Site]:
     Raises InputError for a weight that cannot be read.
     """
     wanted = set(names)
-    found = [site for name, site in _candidates(model).items() if name in wanted]
+    found = [site for name, site in candidates(model).items() if name in wanted]
     for site in found:
-        require_readable(site.name, site.module)
+        require_readable(site.name, site.parameter, site.module)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -33,11 +34,13 @@ class Squeezed:
 
 
 @torch.no_grad()
-def squeeze(adapter: Adapter, rank: int | None = None) -> Squeezed:
+def squeeze(adapter: Adapter, rank: int | None = None, fold: Container[str] = ()) -> Squeezed:
     """The updates at strength 1, at most of rank `rank`, which is best in every Schatten norm (Eckart and Young).
 
     A component gets the least rank that holds all its products to a relative 1e-6, so that what a method keeps in more
     columns than it needs does not reach the file. Factors that are no wider than that are left as they are.
+    fold: components in which magnitudes become a part of the product: it is then the whole change of the weight, whose
+    rank is no longer the factors', and `lost` tells what of it does not fit.
     Raises InputError for a rank that is no positive whole number.
     """
     if rank is not None:
@@ -45,7 +48,8 @@ def squeeze(adapter: Adapter, rank: int | None = None) -> Squeezed:
     updates, ranks, lost = {}, {}, {}
     whole: dict[str, dict[str, tuple[Site, Update]]] = {component: {} for component in adapter.roots}
     for name, site, _, update in adapter.site_updates():
-        whole[name.partition(".")[0] if "" not in whole else ""][name] = (site, update)
+        component = name.partition(".")[0] if "" not in whole else ""
+        whole[component][name] = (site, _folded(update, site) if component in fold else update)
     for component, of_component in whole.items():
         held = max(update.factors()[0].shape[-1] for _, update in of_component.values())
         # nothing can be said of updates of zeros
@@ -54,6 +58,16 @@ def squeeze(adapter: Adapter, rank: int | None = None) -> Squeezed:
         for name, (site, update) in of_component.items():
             updates[name], lost[name] = _truncated(update, ranks[component], site)
     return Squeezed(updates, ranks, lost)
+
+
+def _folded(update: Update, site: Site) -> Update:
+    """The change that an update with magnitudes makes to the site's weight, as a product of full rank."""
+    if update.magnitude is None:
+        return update
+    weight = site.weight()
+    U, S, Vh = torch.linalg.svd(update.dense(weight).double(), full_matrices=False)
+    root = S.sqrt()
+    return Update(up=(U * root).to(weight.dtype), down=(root[:, None] * Vh).to(weight.dtype))
 
 
 def _needed(update: Update) -> int:

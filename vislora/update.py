@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import linalg
+from .layer import MATRIX, Matrix
 
 
 @dataclass(frozen=True)
@@ -73,24 +74,34 @@ class Update:
         }
         return replace(self, **cut)
 
-    def apply(self, x: Tensor, base: Tensor, bias: Tensor | None, strength: float, dropout: float = 0.0) -> Tensor:
-        """strength * (x @ dW^T) for inputs x (..., n); base (..., m) is what the frozen layer made of x.
+    def apply(
+        self,
+        x: Tensor,
+        base: Tensor,
+        bias: Tensor | None,
+        strength: float,
+        dropout: float = 0.0,
+        layer: Matrix = MATRIX,
+    ) -> Tensor:
+        """What `layer` would make of x with the weight strength * dW and no bias, x @ dW^T for a linear one.
+
+        x: its inputs; base: what the frozen layer made of x; dropout: on the inputs of the low-rank part.
 
         Factors are cast to x's dtype (r * (m + n) numbers), never the activations to the factors'.
         The two products of a residual start are subtracted before anything is added to `base`, so that
         the sum is exactly zero at the start in every precision.
         """
         inner = F.dropout(x, dropout) if dropout else x
-        delta = self._matmul(inner)
+        delta = self._product(inner, layer)
         if self.row_scale is not None:
-            frozen = base if bias is None else base - bias
-            scale = self.row_scale.to(base.dtype)
+            frozen = base if bias is None else base - layer.rows(bias)
+            scale = layer.rows(self.row_scale).to(base.dtype)
             delta = (scale - 1) * frozen + scale * delta
         return delta if strength == 1.0 else delta * strength
 
-    def _matmul(self, x: Tensor) -> Tensor:
-        out = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
-        return out if self.minus is None else out - self.minus._matmul(x)
+    def _product(self, x: Tensor, layer: Matrix) -> Tensor:
+        out = layer.product(x, self.down.to(x.dtype), self.up.to(x.dtype))
+        return out if self.minus is None else out - self.minus._product(x, layer)
 
 
 def row_norm(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from vislora.data import images
-from vislora.data.images import crop_resize, read, scan
+from vislora.data.crops import cut, plan
+from vislora.data.images import read, scan
 
 RAMP = np.stack(np.broadcast_arrays(np.arange(0, 240, 5)[:, None], np.arange(0, 192, 4)[None], 77), -1).astype(np.uint8)
 PHOTO = Image.fromarray(RAMP)  # 48x48, no symmetry
@@ -177,6 +178,11 @@ def test_a_cmyk_profile_of_another_kind_of_image_is_passed_over(tmp_path):
 
 def gen(seed):
     return torch.Generator().manual_seed(seed)
+
+
+def crop_resize(image, resolution, center, flip, generator=None):
+    """The square of `resolution` pixels."""
+    return cut(image, plan(image.size[::-1], (resolution, resolution), center, flip, generator))
 
 
 def test_crop_resize_without_scaling_is_the_pixels(tmp_path):

@@ -78,7 +78,7 @@ def test_each_pair_is_read_once_and_sizes_may_differ(vae):
 
 
 def test_errors_name_the_value(vae, cache):
-    with pytest.raises(InputError, match="image 5, variant 0 is not in it -> it holds 5 images of 2 variants"):
+    with pytest.raises(InputError, match="image 5, variant 0 is not in it -> it holds 10 pairs"):
         cache.sample([5], [0], seeded(0))
     with pytest.raises(InputError, match="1 for 2 samples"):
         cache.sample([0, 1], [0, 0], seeded(0))

@@ -1,6 +1,7 @@
 """The denoising loss against values worked out in float64, and both kinds of prior preservation."""
 
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -8,22 +9,14 @@ from diffusers import DDPMScheduler
 from tiny_sd import tiny_sd
 
 from vislora.diffusion.conditioning import encode, tokenize
-from vislora.diffusion.loss import (
-    BaseOutput,
-    ClassImages,
-    add_noise,
-    denoiser,
-    min_snr_weight,
-    noise_prediction_loss,
-    prior_loss,
-    snr,
-)
+from vislora.diffusion.loss import BaseOutput, ClassImages, denoising_loss, prior_loss
 from vislora.diffusion.models import load
+from vislora.diffusion.noise import DDPM, min_snr_weight, snr
 from vislora.errors import InputError
 
 SHAPE = (4, 4, 8, 8)
 LATENTS = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
-EMBEDDINGS = torch.randn(4, 7, 5, generator=torch.Generator().manual_seed(1))
+EMBEDDINGS = {"text": torch.randn(4, 7, 5, generator=torch.Generator().manual_seed(1))}
 
 
 def schedule(kind: str) -> DDPMScheduler:
@@ -34,9 +27,9 @@ def draws(n: int = 4) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(100 + i) for i in range(n)]
 
 
-def predict(noisy, timesteps, embeddings):
+def predict(noisy, timesteps, condition):
     """A network simple enough to work out by hand."""
-    return 0.3 * noisy + embeddings.mean((1, 2))[:, None, None, None] + 1e-3 * timesteps[:, None, None, None]
+    return 0.3 * noisy + condition["text"].mean((1, 2))[:, None, None, None] + 1e-3 * timesteps[:, None, None, None]
 
 
 def by_hand(kind: str):
@@ -50,14 +43,14 @@ def by_hand(kind: str):
     times, noise, clean = torch.stack(times), torch.stack(noise).double(), LATENTS.double()
     alpha, sigma = signal[times].sqrt()[:, None, None, None], (1 - signal[times]).sqrt()[:, None, None, None]
     target = noise if kind == "epsilon" else alpha * noise - sigma * clean
-    output = predict(alpha * clean + sigma * noise, times, EMBEDDINGS.double())
+    output = predict(alpha * clean + sigma * noise, times, {"text": EMBEDDINGS["text"].double()})
     return (output - target).square().flatten(1).mean(1), signal[times] / (1 - signal[times]), output, target
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_loss_is_the_mean_squared_error_of_the_definition(kind):
     errors, *_ = by_hand(kind)
-    loss = noise_prediction_loss(predict, schedule(kind), LATENTS, EMBEDDINGS, draws())
+    loss = denoising_loss(predict, DDPM(schedule(kind)), LATENTS, EMBEDDINGS, draws())
     assert loss.keys() == {"total", "instance"}
     torch.testing.assert_close(loss["total"].double(), errors.mean(), rtol=1e-5, atol=0)
 
@@ -68,7 +61,7 @@ def test_min_snr_weighs_each_sample(kind, gamma):
     errors, ratio, *_ = by_hand(kind)
     clipped = ratio.clamp(max=gamma)
     weights = clipped / ratio if kind == "epsilon" else clipped / (ratio + 1)
-    loss = noise_prediction_loss(predict, schedule(kind), LATENTS, EMBEDDINGS, draws(), snr_gamma=gamma)
+    loss = denoising_loss(predict, DDPM(schedule(kind), gamma), LATENTS, EMBEDDINGS, draws())
     torch.testing.assert_close(loss["total"].double(), (weights * errors).mean(), rtol=2e-5, atol=0)
     assert loss["total"].dtype == torch.float32
 
@@ -97,20 +90,20 @@ def test_half_precision_predictions_are_scored_in_float32():
     def half(*inputs):
         return (predict(*inputs) * 300).half()  # squared: 9e4 and more, beyond float16
 
-    loss = noise_prediction_loss(half, schedule("epsilon"), LATENTS, EMBEDDINGS, draws())
+    loss = denoising_loss(half, DDPM(schedule("epsilon")), LATENTS, EMBEDDINGS, draws())
     assert loss["total"].dtype == torch.float32 and loss["total"].isfinite()
 
 
 def test_a_sample_draws_the_same_in_any_batch():
-    scheduler = schedule("epsilon")
-    whole, part = add_noise(scheduler, LATENTS, draws()), add_noise(scheduler, LATENTS[2:], draws()[2:])
+    process = DDPM(schedule("epsilon"))
+    whole, part = process.add_noise(LATENTS, draws()), process.add_noise(LATENTS[2:], draws()[2:])
     assert torch.equal(whole.noisy[2:], part.noisy) and torch.equal(whole.timesteps[2:], part.timesteps)
     assert len(set(whole.timesteps.tolist())) > 1
 
 
 def test_timesteps_cover_the_whole_schedule():
     many = [torch.Generator().manual_seed(i) for i in range(2000)]
-    times = add_noise(schedule("epsilon"), torch.zeros(2000, 1, 1, 1), many).timesteps
+    times = DDPM(schedule("epsilon")).add_noise(torch.zeros(2000, 1, 1, 1), many).timesteps
     assert times.min() < 10 and times.max() > 989
     assert abs(times.float().mean() - 499.5) < 25
 
@@ -118,7 +111,7 @@ def test_timesteps_cover_the_whole_schedule():
 def test_class_images_are_the_last_of_the_batch():
     errors, ratio, output, target = by_hand("epsilon")
     prior = ClassImages(count=1, weight=0.5)
-    loss = noise_prediction_loss(predict, schedule("epsilon"), LATENTS, EMBEDDINGS, draws(), snr_gamma=1.0, prior=prior)
+    loss = denoising_loss(predict, DDPM(schedule("epsilon"), 1.0), LATENTS, EMBEDDINGS, draws(), prior=prior)
     instance = (errors * ratio.clamp(max=1) / ratio)[:3].mean()
     torch.testing.assert_close(loss["instance"].double(), instance, rtol=2e-5, atol=0)
     torch.testing.assert_close(loss["prior"].double(), errors[3], rtol=2e-5, atol=0)  # unweighted by the SNR
@@ -167,8 +160,8 @@ def base_output_loss(models, adapter, **changes):
     instance = encode(models, tokenize(models, ["a photo of sks dog"] * 2))
     klass = encode(models, tokenize(models, ["a photo of a dog"] * 2))
     prior = BaseOutput(klass, adapter.disabled, **changes)
-    unet = denoiser(models.unet, models.dtype)
-    return noise_prediction_loss(unet, models.scheduler, latents, instance, draws(2), prior=prior), klass
+    predict = partial(models.predict, models.unet)
+    return denoising_loss(predict, DDPM(models.scheduler), latents, instance, draws(2), prior=prior), klass
 
 
 def test_base_output_costs_nothing_while_the_adapter_does_nothing(models, attach):
@@ -195,8 +188,8 @@ def test_base_output_is_that_of_the_class_prompt_on_the_same_latents(models, att
     adapter = attach(0.5)
     loss, klass = base_output_loss(models, adapter)
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
-    batch = add_noise(models.scheduler, latents, draws(2))
-    unet = denoiser(models.unet, models.dtype)
+    batch = DDPM(models.scheduler).add_noise(latents, draws(2))
+    unet = partial(models.predict, models.unet)
     with torch.no_grad():
         adapted = unet(batch.noisy, batch.timesteps, klass)
         with adapter.disabled():
@@ -207,29 +200,29 @@ def test_base_output_is_that_of_the_class_prompt_on_the_same_latents(models, att
 def test_base_output_sees_a_text_encoder_that_drifts(models, attach):
     adapter = attach(0.0)
     _, klass = base_output_loss(models, adapter)
-    loss, _ = base_output_loss(models, adapter, base_embeddings=klass + 1.0)
+    loss, _ = base_output_loss(models, adapter, base_condition={"text": klass["text"] + 1.0})
     assert loss["prior"] > 1e-8
 
 
 def test_errors_name_the_value():
-    scheduler = schedule("epsilon")
+    process = DDPM(schedule("epsilon"))
     for count in (0, 4):
         with pytest.raises(InputError, match=f"{count} class images in a batch of 4"):
-            noise_prediction_loss(predict, scheduler, LATENTS, EMBEDDINGS, draws(), prior=ClassImages(count))
+            denoising_loss(predict, process, LATENTS, EMBEDDINGS, draws(), prior=ClassImages(count))
     with pytest.raises(InputError, match="3 for 4 samples"):
-        noise_prediction_loss(predict, scheduler, LATENTS, EMBEDDINGS, draws(3))
+        denoising_loss(predict, process, LATENTS, EMBEDDINGS, draws(3))
     with pytest.raises(InputError, match="--snr_gamma: 0.0 is not positive"):
-        noise_prediction_loss(predict, scheduler, LATENTS, EMBEDDINGS, draws(), snr_gamma=0.0)
+        denoising_loss(predict, DDPM(schedule("epsilon"), 0.0), LATENTS, EMBEDDINGS, draws())
     with pytest.raises(InputError, match="'sample' is not supported"):
-        noise_prediction_loss(predict, schedule("sample"), LATENTS, EMBEDDINGS, draws())
+        DDPM(schedule("sample"))
 
 
 def test_predictions_may_come_from_a_base_in_half_precision(tmp_path):
     models = load(tiny_sd(tmp_path), dtype=torch.bfloat16)
     prior = BaseOutput(encode(models, tokenize(models, ["a dog"])), nullcontext)
-    loss = noise_prediction_loss(
-        denoiser(models.unet, models.dtype),
-        models.scheduler,
+    loss = denoising_loss(
+        partial(models.predict, models.unet),
+        DDPM(models.scheduler),
         torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3)),
         encode(models, tokenize(models, ["sks dog"])),
         draws(1),

@@ -9,9 +9,10 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline
 from huggingface_hub.errors import LocalEntryNotFoundError
 from tiny_sd import tiny_sd
 
-from vislora.diffusion import models as module
+from vislora.diffusion import base as module
 from vislora.diffusion.conditioning import EmbeddingCache, encode, tokenize
-from vislora.diffusion.models import check_folder, load
+from vislora.diffusion.base import check_folder
+from vislora.diffusion.models import load
 from vislora.errors import EnvironmentFault, InputError
 
 
@@ -189,7 +190,7 @@ def test_a_hub_model_comes_from_the_cached_folder(folder, monkeypatch):
 
 def test_embeddings_are_those_of_the_pipeline(models):
     expected, _ = models.pipeline().encode_prompt("a dog", "cpu", 1, False)
-    assert torch.equal(encode(models, tokenize(models, ["a dog"])), expected)
+    assert torch.equal(encode(models, tokenize(models, ["a dog"]))["text"], expected)
 
 
 def test_cached_embeddings_follow_their_prompts(models):
@@ -199,13 +200,13 @@ def test_cached_embeddings_follow_their_prompts(models):
     for order in ([0, 1, 3], [3, 0, 1], [1, 1, 2]):
         chosen = [prompts[i] for i in order]
         torch.testing.assert_close(cache.lookup(chosen), encode(models, tokenize(models, chosen)))
-    assert not torch.equal(cache.lookup(["a dog"]), cache.lookup(["a cat"]))
+    assert not torch.equal(cache.lookup(["a dog"])["text"], cache.lookup(["a cat"])["text"])
     with pytest.raises(InputError, match="did you mean a dog"):
         cache.lookup(["a dogg"])
 
 
 def test_a_long_prompt_is_cut(models):
-    ids = tokenize(models, ["a", "b" * 150])
+    ids = tokenize(models, ["a", "b" * 150])["text_encoder"]
     assert ids.shape == (2, 77) and len(set(ids[1, 1:76].tolist())) == 1
     assert ids[1, 76] == models.tokenizer.eos_token_id
 
@@ -215,8 +216,8 @@ def test_gradients_pass_the_text_encoder_only_when_asked(models):
     ids = tokenize(models, ["a dog"])
     weight.requires_grad_(True)
     try:
-        assert not encode(models, ids).requires_grad
-        encode(models, ids, grad=True).square().sum().backward()
+        assert not encode(models, ids)["text"].requires_grad
+        encode(models, ids, grad=True)["text"].square().sum().backward()
         assert weight.grad.abs().sum() > 0
     finally:
         weight.requires_grad_(False)

@@ -68,11 +68,11 @@ def test_missing_images_are_made_again_to_the_bit(models, whole, tmp_path, lost)
 def test_an_interrupted_run_goes_on_to_the_same_set(models, whole, tmp_path, monkeypatch):
     real, calls = module.render, []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **more):
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **more)
 
     monkeypatch.setattr(module, "render", interrupted)
     with pytest.raises(KeyboardInterrupt):

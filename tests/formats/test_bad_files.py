@@ -147,7 +147,7 @@ CASES = {
     "A17 PEFT's without its configuration": (
         lambda d: diffusers_file(d, rename=("unet.", "base_model.model.")), "without its adapter_config.json",
     ),
-    "A17 kohya's T5": (lambda d: [save_file({"lora_te3_a.lora_up.weight": one}, d / LORA_FILE), d][1], "no key of"),
+    "A17 kohya's T5": (lambda d: [save_file({"lora_te3_a.lora_up.weight": one}, d / LORA_FILE), d][1], "a is no module of"),
     "A18 newer": (lambda d: own_file(d, lambda t, c: c.update({"format": 99})), "format 99.*update vislora"),
     "A18 all else unknown": (lambda d: own_file(d, lambda t, c: [c.clear(), c.update({"format": 2})]), "format 2"),
     "header without parts": (lambda d: own_file(d, lambda t, c: c.pop("base")), "damaged header"),

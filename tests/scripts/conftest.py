@@ -50,6 +50,8 @@ def run(script, model, place):
         given = {flag for flag in flags if flag.startswith("--")}
         if BASELINES.keys() & set(flags):
             del usual["--rank"]
+        if "--concepts_list" in flags:
+            del usual["--instance_data_dir"], usual["--instance_prompt"]
         argv = [word for flag, value in usual.items() if flag not in given for word in (flag, value)]
         try:
             run_script(script.main, [*argv, *flags])

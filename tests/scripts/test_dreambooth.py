@@ -173,8 +173,8 @@ def test_captions_are_used(run, place, script, monkeypatch):
     for i in range(3):
         (place / "photos" / f"{i}.txt").write_text(f"c {i}\n")
     seen = set()
-    original = script.Run.embed
-    monkeypatch.setattr(script.Run, "embed", lambda self, prompts: seen.update(prompts) or original(self, prompts))
+    original = script.Denoising.embed
+    monkeypatch.setattr(script.Denoising, "embed", lambda self, prompts: seen.update(prompts) or original(self, prompts))
     run("--train_batch_size", "3")
     assert seen == {"c 0", "c 1", "c 2"}
 

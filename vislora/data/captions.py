@@ -59,13 +59,14 @@ def captions(photos: Sequence[Photo], folder: str | Path, instance_prompt: str |
     return [named[key] for key in keys]
 
 
-def check_tokens(tokenizer: Any, texts: Sequence[str], source: str | Sequence[str]) -> int:
+def check_tokens(tokenizer: Any, texts: Sequence[str], source: str | Sequence[str], limit: int | None = None) -> int:
     """Warn of each different text that is longer than the tokenizer's limit, showing the tail that the model never
     sees; returns how many there are. `tokenizer` is a transformers one; `source` names where all texts, or each, are
-    from. A tokenizer without a limit passes everything."""
-    if tokenizer.model_max_length > 10**6:  # transformers' word for "no limit" is 1e30
+    from. `limit`: tokens that are read, None for the tokenizer's own; one without a limit passes everything."""
+    limit = tokenizer.model_max_length if limit is None else limit
+    if limit > 10**6:  # transformers' word for "no limit" is 1e30
         return 0
-    room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add(pair=False)
+    room = limit - tokenizer.num_special_tokens_to_add(pair=False)
     sources = [source] * len(texts) if isinstance(source, str) else source
     long = 0
     for text, where in dict(zip(reversed(texts), reversed(sources), strict=True)).items():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import logging
-import math
 import struct
 import warnings
 import zlib
@@ -17,9 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageCms
-from torch import Tensor
 
 from vislora.errors import DataChanged, InputError, printable
 
@@ -28,6 +25,7 @@ EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif",
 UNSUPPORTED = {".heic", ".heif", ".avif", ".eps", ".ps", ".pdf", ".svg", ".psd", ".jxl", ".jp2", ".ico", ".tga", ".ppm",
                ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".exr", ".hdr"}
 SIDECARS = {".txt", ".json", ".jsonl"}
+MASK = "-masklabel"  # ends the stem of a mask beside its photo, as OneTrainer has it
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB; Pillow's own threshold
 MAX_ASPECT = 8
 BACKGROUND = (255, 255, 255)  # shows through transparent pixels
@@ -57,8 +55,8 @@ class Photo:
 def scan(folder: str | Path, resolution: int) -> list[Photo]:
     """Every photo of `folder` (not of its sub-folders), sorted by name, each decoded once.
 
-    Hidden files, Thumbs.db, folders and text sidecars are passed over. InputError, with the file's name, for a file
-    that cannot be used: unreadable, damaged, of another format, leading out of the folder, above MAX_PIXELS, longer
+    Hidden files, Thumbs.db, folders, text sidecars and masks are passed over. InputError, with the file's name, for a
+    file that cannot be used: unreadable, damaged, of another format, leading out of the folder, above MAX_PIXELS, longer
     than 1:8, or with a side below resolution / 4 pixels. One warning each for animations, sides below `resolution`,
     damaged EXIF or ICC blocks, equal files and files of unknown kind.
     """
@@ -76,6 +74,8 @@ def scan(folder: str | Path, resolution: int) -> list[Photo]:
         path = folder / name
         kind = path.suffix.lower()
         if name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini") or path.is_dir() or kind in SIDECARS:
+            continue
+        if path.stem.endswith(MASK):
             continue
         if kind in UNSUPPORTED:
             raise InputError(str(path), f"is a {kind} file", _CONVERT)
@@ -256,30 +256,6 @@ def _to_8_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     if tags.get(262) == 0:  # TIFF's WhiteIsZero, which Pillow leaves as it is at this depth
         grey = 255 - grey
     return Image.fromarray(grey), alpha
-
-
-def crop_resize(image: Image.Image, resolution: int, center_crop: bool, flip: bool,
-                generator: torch.Generator | None = None) -> Tensor:
-    """An RGB image as a float32 tensor (3, resolution, resolution) in [-1, 1].
-
-    The short side is resized to `resolution` (Lanczos), then a square is cut: the middle, or one drawn from
-    `generator`; `flip` mirrors with chance 1/2. ValueError when something is to be drawn without a generator.
-    """
-    if generator is None and (flip or not center_crop):
-        raise ValueError("a random crop or flip needs a generator")
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    image = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    left, top, mirror = (width - resolution) // 2, (height - resolution) // 2, False
-    if generator is not None:  # three draws whatever is asked, so that one option does not shift another's draws
-        x, y, heads = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-        mirror = flip and heads < 0.5
-        if not center_crop:
-            left, top = math.floor(x * (width - resolution + 1)), math.floor(y * (height - resolution + 1))
-    image = image.crop((left, top, left + resolution, top + resolution))
-    if mirror:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
 
 
 def _warn(path: Path, words: str) -> None:

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import yaml
 
+from vislora.diffusion.family import FAMILIES
 from vislora.diffusion.options import DreamBoothOptions
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -21,7 +22,6 @@ _SHOWN = (
 _KINDS = {
     "lora": "A {} adapter of", "adapter": "A {} adapter of", "components": "A {} fine-tune of", "base": "The base",
 }  # fmt: skip
-FAMILY_TAGS = {"StableDiffusionPipeline": ["stable-diffusion", "stable-diffusion-diffusers"]}
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def model_card(
     front["pipeline_tag"] = "text-to-image"
     front["tags"] = ["text-to-image", "diffusers", "diffusers-training", "dreambooth", "vislora"]
     front["tags"] += ["lora"] if form == "lora" else []
-    front["tags"] += [*FAMILY_TAGS.get(pipeline_class, []), f"vislora:{method}"]
+    family = FAMILIES.get(pipeline_class)
+    front["tags"] += [*(family.tags if family else ()), f"vislora:{method}"]
     head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=10_000)
 
     trained = f"Trained with DreamBooth on {_code(instance_prompt)}"
@@ -137,7 +138,8 @@ def _usage(
     """How to load it, with diffusers alone and with vislora."""
     lines = [f"from diffusers import {pipeline}"]
     if form == "components":
-        libraries = {kind: "diffusers" if kind.startswith("UNet") else "transformers" for kind in classes.values()}
+        ours = {kind: kind.startswith("UNet") or "Transformer2D" in kind for kind in classes.values()}
+        libraries = {kind: "diffusers" if own else "transformers" for kind, own in ours.items()}
         lines += [f"from {library} import {kind}" for kind, library in libraries.items()]
     lines += ["", f"pipe = {pipeline}.from_pretrained({base!r})"]
     if form == "lora":

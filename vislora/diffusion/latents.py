@@ -7,7 +7,7 @@ still draws a new latent at every step, as an uncached one does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from tqdm.auto import tqdm
@@ -58,6 +58,7 @@ def decode(vae: torch.nn.Module, latents: torch.Tensor) -> torch.Tensor:
 class LatentCache:
     """The posterior of every (image, variant); a variant is one of the crops and flips that training picks from.
 
+    variants: how many each image has, or for each image the numbers of its own.
     `pixels(index, variant)` gives the image (3, H, W) in [-1, 1] and is called once for each pair. The cache
     lies on the CPU and holds on to neither the VAE nor the pixels: both can be freed. The pair is the key, so
     that no order of the data can mistake one image for another. InputError without images or variants.
@@ -68,16 +69,16 @@ class LatentCache:
         vae: torch.nn.Module,
         pixels: Callable[[int, int], torch.Tensor],
         images: int,
-        variants: int = 1,
+        variants: int | Sequence[Iterable[int]] = 1,
         batch_size: int = 4,
         progress: bool = False,
     ):
-        if images < 1 or variants < 1:
+        if images < 1 or (isinstance(variants, int) and variants < 1):
             raise InputError("latent cache", f"{images} images, {variants} variants", "at least one of each")
-        self.images, self.variants = images, variants
+        numbers = [range(variants)] * images if isinstance(variants, int) else variants
         self._scale, self._shift = vae.config.scaling_factor, _shift(vae)
         self._rows: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        keys = [(index, variant) for index in range(images) for variant in range(variants)]
+        keys = [(index, variant) for index in range(images) for variant in numbers[index]]
         with tqdm(total=len(keys), desc="caching latents", disable=not progress) as bar:
             for start in range(0, len(keys), batch_size):
                 self._fill(vae, {key: pixels(*key) for key in keys[start : start + batch_size]})
@@ -100,7 +101,7 @@ class LatentCache:
         for key in zip(map(int, indices), map(int, variants), strict=True):
             if key not in self._rows:
                 wrong = f"image {key[0]}, variant {key[1]} is not in it"
-                raise InputError("latent cache", wrong, f"it holds {self.images} images of {self.variants} variants")
+                raise InputError("latent cache", wrong, f"it holds {len(self._rows)} pairs")
             rows.append(self._rows[key])
         sizes = {tuple(mean.shape) for mean, _ in rows}
         if len(sizes) != 1:

@@ -1,21 +1,21 @@
-"""The denoising loss of DreamBooth, its min-SNR weights, and its two kinds of prior preservation.
-
-The score is that of Ho et al. 2020 (equation 14) or, for v-prediction, of Salimans and Ho 2022 (section 4 and
-appendix D): the mean squared error between the network's output on noisy latents and its target.
-"""
+"""The denoising loss of DreamBooth: how an error is measured, and its two kinds of prior preservation."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from vislora.diffusion.latents import normal
+from vislora.diffusion.conditioning import joined
+from vislora.diffusion.family import Condition
+from vislora.diffusion.noise import Noised, Process
 from vislora.errors import InputError
 
-Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (noisy, timesteps, embeddings)
+Predict = Callable[[Tensor, Tensor, Condition], Tensor]  # (noisy, timesteps, condition)
 
 
 @dataclass(frozen=True)
@@ -30,130 +30,103 @@ class ClassImages:
 class BaseOutput:
     """Prior preservation by the base model's own prediction for the class prompt on the same noisy latents.
 
-    `embeddings` (b, tokens, width): the class prompt's, for every sample. `disabled()`: a context in which
-    the adapter is off. `base_embeddings`: the class prompt's from the base text encoder; needed when the text
-    encoder trains too.
+    `condition`: the class prompt's, for every sample. `disabled()`: a context in which the adapter is off.
+    `base_condition`: the class prompt's from the base text encoders; needed when a text encoder trains too.
     """
 
-    embeddings: torch.Tensor
+    condition: Condition
     disabled: Callable[[], AbstractContextManager]
-    base_embeddings: torch.Tensor | None = None
+    base_condition: Condition | None = None
     weight: float = 1.0
 
 
 @dataclass(frozen=True)
-class Noised:
-    """A batch as the UNet sees it, float32: `noisy` and `target` (b, c, h, w), `timesteps` (b,) int64."""
+class Error:
+    """How far a prediction is off, elementwise: `kind` l2 (squared), l1, huber or smooth_l1, as kohya's scripts.
 
-    noisy: torch.Tensor
-    timesteps: torch.Tensor
-    target: torch.Tensor
-
-
-def denoiser(unet: torch.nn.Module, dtype: torch.dtype) -> Predict:
-    """The UNet, prepared for distribution or not, as a function (noisy, timesteps, embeddings) -> prediction.
-
-    `dtype` is that of the base weights: `unet.dtype` would be misled by adapters in float32.
+    With d the difference and c the threshold: huber is the pseudo-Huber 2 c (sqrt(d^2 + c^2) - c), smooth_l1 the same
+    without the factor c. c: `huber_c` for schedule "constant"; "exponential": from 1 at the first timestep down to
+    huber_c at the last; "snr": (1 - huber_c) / (1 + 1 / sqrt(SNR))^2 + huber_c. All but "snr" times `huber_scale`.
     """
-    return lambda noisy, timesteps, embeddings: unet(
-        noisy.to(dtype), timesteps, embeddings.to(dtype), return_dict=False
-    )[0]
+
+    kind: str = "l2"
+    huber_schedule: str = "snr"
+    huber_c: float = 0.1
+    huber_scale: float = 1.0
+
+    def of(self, prediction: Tensor, target: Tensor, batch: Noised, count: int) -> Tensor:
+        """(count, c, h, w), float32, of the first `count` samples of `batch`."""
+        difference = prediction.float() - target
+        if self.kind == "l2":
+            return difference.square()
+        if self.kind == "l1":
+            return difference.abs()
+        c = self.threshold(batch)[:count, None, None, None]
+        error = 2 * ((difference.square() + c.square()).sqrt() - c)
+        return error * c if self.kind == "huber" else error
+
+    def threshold(self, batch: Noised) -> Tensor:
+        """c (b,), float32, of a batch's timesteps."""
+        if self.huber_schedule == "constant":
+            return torch.full_like(batch.snr, self.huber_c * self.huber_scale)
+        if self.huber_schedule == "exponential":
+            return torch.exp(math.log(self.huber_c) * batch.timesteps.float() / batch.span) * self.huber_scale
+        return (1 - self.huber_c) / (1 + batch.snr.rsqrt()).square() + self.huber_c
 
 
-def snr(scheduler, timesteps: torch.Tensor) -> torch.Tensor:
-    """Signal-to-noise ratio alpha_t^2 / sigma_t^2 (b,), float32, of timesteps (b,) under the scheduler's schedule."""
-    signal = scheduler.alphas_cumprod.to(timesteps.device, torch.float32)[timesteps]
-    return signal / (1 - signal)
-
-
-def min_snr_weight(ratio: torch.Tensor, gamma: float, prediction_type: str) -> torch.Tensor:
-    """Weights (b,) of the squared errors at signal-to-noise ratios (b,): Hang et al. 2023, section 3.4.
-
-    Min-SNR-gamma weighs the error of the clean latents by min(SNR, gamma). In terms of the error of the noise
-    that is min(SNR, gamma) / SNR; of the velocity, min(SNR, gamma) / (SNR + 1). InputError when gamma is not
-    positive or for another prediction type.
-    """
-    if not gamma > 0:
-        raise InputError("--snr_gamma", f"{gamma} is not positive", "5.0 is usual; leave it out for equal weights")
-    if prediction_type == "epsilon":
-        return (gamma / ratio).clamp(max=1)  # this form is finite where the SNR is zero
-    if prediction_type == "v_prediction":
-        return ratio.clamp(max=gamma) / (ratio + 1)
-    raise _unknown(prediction_type)
-
-
-def add_noise(scheduler, latents: torch.Tensor, generators: Sequence[torch.Generator]) -> Noised:
-    """Noise scaled latents (b, c, h, w). Sample i's timestep (uniform) and then noise are drawn from generators[i].
-
-    InputError when the number of generators is not the number of samples, or for an unknown prediction type.
-    """
-    latents, steps = latents.float(), scheduler.config.num_train_timesteps
-    if len(generators) != len(latents):
-        raise InputError("generators", f"{len(generators)} for {len(latents)} samples", "give one for each")
-    draws = [torch.randint(steps, (), generator=g, device=g.device).to(latents.device) for g in generators]
-    timesteps = torch.stack(draws)
-    noise = normal(latents.shape, generators, latents.device)
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    kind = scheduler.config.prediction_type
-    if kind == "epsilon":
-        return Noised(noisy, timesteps, noise)
-    if kind == "v_prediction":
-        return Noised(noisy, timesteps, scheduler.get_velocity(latents, noise, timesteps))
-    raise _unknown(kind)
-
-
-def prior_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def prior_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error, a float32 scalar: the prior term, with equal weights at every timestep."""
     return (prediction.float() - target.float()).square().mean()
 
 
-def noise_prediction_loss(
+def denoising_loss(
     predict: Predict,
-    scheduler,
-    latents: torch.Tensor,
-    embeddings: torch.Tensor,
+    process: Process,
+    latents: Tensor,
+    condition: Condition,
     generators: Sequence[torch.Generator],
     *,
-    snr_gamma: float | None = None,
+    error: Error | None = None,
+    mask: Tensor | None = None,
     prior: ClassImages | BaseOutput | None = None,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     """The loss of a batch: float32 scalars `total` (to go backward from), `instance` and, with a prior, `prior`.
 
-    total = instance + prior.weight * prior. latents (b, c, h, w) scaled; embeddings (b, tokens, width);
-    generators: one a sample, the only source of chance. `snr_gamma` weighs the instance term alone. With
-    `ClassImages` the two terms are means over their own samples. With `BaseOutput` each sample passes twice,
-    with its own prompt and with the class's.
+    total = instance + prior.weight * prior. latents (b, c, h, w) scaled; condition: of every sample; generators: one a
+    sample, the only source of chance. `error` (None: squared), the process's weights and `mask` (instances, 1, h, w),
+    by which errors are multiplied, act on the instance term alone. With `ClassImages` the two terms are means over
+    their own samples. With `BaseOutput` each sample passes twice, with its own prompt and with the class's.
     """
-    batch = add_noise(scheduler, latents, generators)
+    batch = process.add_noise(latents, generators)
     if isinstance(prior, ClassImages):
         if not 0 < prior.count < len(latents):
             wrong = f"{prior.count} class images in a batch of {len(latents)}"
             raise InputError("prior preservation", wrong, "a batch needs instance and class images")
-        output = predict(batch.noisy, batch.timesteps, embeddings)
+        output = predict(batch.noisy, batch.timesteps, condition)
         instances = len(latents) - prior.count
         drift = prior_loss(output[instances:], batch.target[instances:])
     elif isinstance(prior, BaseOutput):
-        base = prior.embeddings.detach() if prior.base_embeddings is None else prior.base_embeddings
+        detached = {name: tensor.detach() for name, tensor in prior.condition.items()}
+        base = detached if prior.base_condition is None else prior.base_condition
         with torch.no_grad(), prior.disabled():
             expected = predict(batch.noisy, batch.timesteps, base)
         # One pass over both prompts: as many rows as class images would give, and one launch of every kernel.
         both = (torch.cat([part, part]) for part in (batch.noisy, batch.timesteps))
-        output = predict(*both, torch.cat([embeddings, prior.embeddings]))
+        output = predict(*both, joined(condition, prior.condition))
         instances = len(latents)
         drift = prior_loss(output[instances:], expected)
     else:
-        output = predict(batch.noisy, batch.timesteps, embeddings)
+        output = predict(batch.noisy, batch.timesteps, condition)
         instances, drift = len(latents), None
 
-    error = (output[:instances].float() - batch.target[:instances]).square().flatten(1).mean(1)  # (instances,)
-    if snr_gamma is not None:
-        ratio = snr(scheduler, batch.timesteps[:instances])
-        error = error * min_snr_weight(ratio, snr_gamma, scheduler.config.prediction_type)
-    instance = error.mean()
+    off = (error or Error()).of(output[:instances], batch.target[:instances], batch, instances)
+    if mask is not None:
+        off = off * mask
+    off = off.flatten(1).mean(1)  # (instances,)
+    weights = process.weights(batch)
+    if weights is not None:
+        off = off * weights[:instances]
+    instance = off.mean()
     if drift is None:
         return {"total": instance, "instance": instance.detach()}
     return {"total": instance + prior.weight * drift, "instance": instance.detach(), "prior": drift.detach()}
-
-
-def _unknown(kind: str) -> InputError:
-    return InputError("scheduler", f"prediction_type {kind!r} is not supported", "epsilon or v_prediction")

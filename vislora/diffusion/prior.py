@@ -59,14 +59,15 @@ def ensure_class_images(
     wanted = [index for index in range(count + len(edited)) if index not in edited][: max(0, count - len(theirs))]
     missing = [index for index in wanted if index not in ours]
     if missing:
-        pipeline = models.pipeline() if isinstance(models, DiffusionModels) else models
+        ours_to_ask = isinstance(models, DiffusionModels)
+        pipeline, more = (models.pipeline(), models.drawing) if ours_to_ask else (models, None)
         with tqdm(total=len(missing), desc="class images", disable=not progress) as bar:
             # Whole batches of a fixed division: rounding depends on the batch, and the names on every bit.
             for start in sorted({index - index % batch_size for index in missing}):
                 batch = range(start, min(start + batch_size, wanted[-1] + 1))
                 seeds = [generator(seed, "class image", index).initial_seed() for index in batch]
                 prompts = [prompt] * len(batch)
-                images = render(pipeline, prompts, seeds, steps, guidance, batch_size, height, width)
+                images = render(pipeline, prompts, seeds, steps, guidance, batch_size, height, width, more=more)
                 for index, image in zip(batch, images, strict=True):
                     if index in missing:
                         made = {"prompt": prompt, "seed": seed, "index": index, "steps": steps}

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from vislora import config, measure
-from vislora.data.captions import check_tokens
 from vislora.diffusion.card import run_card
+from vislora.diffusion.conditioning import warn_of_cuts
 from vislora.diffusion.models import DiffusionModels
 from vislora.diffusion.options import DreamBoothOptions
 from vislora.diffusion.validation import Validation
@@ -27,10 +27,12 @@ def conclude(
     pipeline: str,
     exported: Path | None = None,
     error: float | None = None,
+    copy: Path | None = None,
 ) -> None:
     """Write metrics and card after `steps` steps, and say where things are.
 
     exported: the file or folder that stock tools load, `error` off when read back. pipeline: the diffusers class.
+    copy: the same for ComfyUI and A1111.
     """
     in_file = exported is not None and exported.is_file()  # the certificate is of what it holds
     certificate = read_certificate(exported) if in_file else measure.certificate(adapter)
@@ -54,6 +56,8 @@ def conclude(
     if exported is not None:
         cost = f"lost: {lost:.1%} of a layer; " if in_file else ""
         print(f"diffusers  {exported} ({cost}read back by stock diffusers, off by {error:.0e})")
+    if copy is not None:
+        print(f"kohya      {copy} (for ComfyUI and A1111)")
     if share is not None:
         print(f"bound      at most {share:.1%} of any layer's bound is in use")
     print(f"look at    {grid or folder.path}")
@@ -72,8 +76,8 @@ def draw_base(
     if options.resume_from_checkpoint is not None:
         wrong = f"--adapter {adapter.method_name} makes no steps to go on with"
         raise InputError("--resume_from_checkpoint", wrong, "leave it out")
-    check_tokens(diffusion.tokenizer, prompts, "prompt")
+    warn_of_cuts(diffusion, prompts)
     folder.write_config(config.to_dict(replace(options, output_dir=None), adapter.method))
-    validation = Validation(options, prompts, photos, folder.samples)
+    validation = Validation(options, prompts, photos, folder.samples, diffusion)
     validation.draw(diffusion.pipeline(), 0)
     conclude(folder, options, adapter, 0, validation.compare(0), diffusion.pipeline_class)

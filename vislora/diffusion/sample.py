@@ -42,13 +42,14 @@ def render(
     height: int | None = None,
     width: int | None = None,
     progress: str | None = None,
+    more: Mapping[str, object] | None = None,
 ) -> list[Image.Image]:
     """One image for each pair (prompts[i], seeds[i]); `height`, `width` in pixels, None for the model's own.
 
     Image i starts from a generator of its own: it does not depend on its batch, beyond the rounding of
     batched arithmetic. Global random state is neither read nor moved. `progress`: the label of a progress
-    bar, if one is wanted. Warns when a latent is not finite, for such an image comes out black. InputError
-    when the lists differ in length or a count is below 1.
+    bar, if one is wanted; `more`: other words of the pipeline's call. Warns when a latent is not finite, for such
+    an image comes out black. InputError when the lists differ in length or a count is below 1.
     """
     if len(prompts) != len(seeds):
         raise InputError("render", f"{len(prompts)} prompts and {len(seeds)} seeds", "give a seed for each")
@@ -56,7 +57,8 @@ def render(
         raise InputError("render", f"steps={steps}, batch_size={batch_size}", "both are at least 1")
     images: list[Image.Image] = []
     bar = tqdm(total=len(prompts), desc=progress, disable=progress is None)
-    with bar, evaluating(pipeline.unet, pipeline.vae, pipeline.text_encoder):
+    models = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    with bar, evaluating(*models):
         for start in range(0, len(prompts), batch_size):
             chosen = slice(start, start + batch_size)
             latents = pipeline(
@@ -68,10 +70,14 @@ def render(
                 height=height,
                 width=width,
                 output_type="latent",
+                **(more or {}),
             ).images
+            if latents.ndim == 3:  # Flux's, packed two by two
+                sides = (side or pipeline.default_sample_size * pipeline.vae_scale_factor for side in (height, width))
+                latents = pipeline._unpack_latents(latents, *sides, pipeline.vae_scale_factor)
             if not latents.isfinite().all():
                 warnings.warn("latents are not finite, images are black: try bfloat16 or float32", stacklevel=2)
-            # Decoded here because the VAE may be in another precision than the UNet.
+            # Decoded here because the VAE may be in another precision than the denoiser.
             images += pipeline.image_processor.postprocess(decode(pipeline.vae, latents), output_type="pil")
             bar.update(len(latents))
     return images

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from vislora.data.images import read
+from vislora.diffusion.models import DiffusionModels
 from vislora.diffusion.options import DreamBoothOptions
 from vislora.diffusion.sample import comparison_grid, labelled_grid, render
 from vislora.errors import InputError
@@ -38,8 +39,12 @@ def prompts_of(words: Sequence[str]) -> list[str]:
 class Validation:
     """Draws `prompts`, each with the same seeds at every stage, into `folder`/step-<step>/ and sheets beside it."""
 
-    def __init__(self, options: DreamBoothOptions, prompts: Sequence[str], photos: Sequence[Path], folder: Path):
+    def __init__(
+        self, options: DreamBoothOptions, prompts: Sequence[str], photos: Sequence[Path], folder: Path,
+        models: DiffusionModels,
+    ):  # fmt: skip
         self.options, self.prompts, self.folder = options, list(prompts), folder
+        self.guidance, self.more, self.side = models.guidance, models.drawing, options.resolution or models.resolution
         self.photos = [read(path) for path in photos[:8]] if self.prompts else []
         self.seeds = [
             generator(options.seed, "validation", i).initial_seed() for i in range(options.num_validation_images)
@@ -51,8 +56,8 @@ class Validation:
             return None
         o, flat = self.options, [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
         images = render(
-            pipeline, [p for p, _ in flat], [s for _, s in flat], o.validation_inference_steps, o.guidance_scale,
-            o.sample_batch_size, o.resolution, o.resolution, f"samples at step {step}",
+            pipeline, [p for p, _ in flat], [s for _, s in flat], o.validation_inference_steps, self.guidance,
+            o.sample_batch_size, self.side, self.side, f"samples at step {step}", self.more,
         )  # fmt: skip
         count = len(self.seeds)
         stage = [images[i * count : (i + 1) * count] for i in range(len(self.prompts))]

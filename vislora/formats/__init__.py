@@ -18,6 +18,7 @@ from ..linalg import product_singular_values
 from . import diffusers, kohya, ours, peft
 from .base import Base
 from .disk import write_bytes
+from .family import ARCHITECTURE, FAMILIES, family_of
 from .lora import Layer, LoraFile, Stored
 
 __all__ = ["FORMATS", "Base", "Layer", "LoraFile", "Stored", "parse", "read", "rewritten", "save", "store", "written"]
@@ -67,9 +68,15 @@ def parse(file: Path, stored: Stored, base: kohya.Modules | None = None) -> Lora
 
 
 def written(layers: list[Layer], format: str, header: Mapping[str, str], out: Path) -> dict[Path, Stored]:
-    """The files, not yet on disk, that hold `layers` in another layout: scales folded, alpha = rank."""
+    """The files, not yet on disk, that hold `layers` in another layout: scales folded, alpha = rank.
+
+    header: what is kept of it tells SD3 from Flux and so on where the layers do not; the family is written into the new.
+    """
     stale = {diffusers.METADATA} | ({ours.HEADER} if format != "vislora" else set())
-    kept = {key: text for key, text in header.items() if key not in stale and not key.startswith("ss_network")}
+    kept = {key: text for key, text in header.items() if key not in stale and not key.startswith("ss_")}
+    family = family_of(layers, header)
+    if family and any(layer.component for layer in layers):
+        kept[ARCHITECTURE] = f"{FAMILIES[family].architecture}/lora"
     return FORMATS[format].parts(layers, kept, out)
 
 

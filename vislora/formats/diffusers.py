@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..io import LORA_FILE
+from .family import is_t5
 from .lora import COMPONENTS, TEXT_ENCODERS, Layer, LoraFile, Names, Stored, folded, layers_of, neutral_path
 
 NO_COMPONENT = "export it as peft, or name its folder after the component: unet, text_encoder, text_encoder_2"
@@ -99,6 +100,8 @@ def parts(layers: list[Layer], header: Mapping[str, str], out: Path) -> dict[Pat
     for layer in layers:
         if layer.component not in COMPONENTS:
             raise InputError("export", f"{layer.name} belongs to no component of a pipeline", NO_COMPONENT)
+        if is_t5(layer.path):
+            raise InputError("export", f"diffusers reads no LoRA of a T5 encoder ({layer.name})", "export it as kohya")
         if layer.magnitude is not None and layer.component in TEXT_ENCODERS:
             wrong = f"diffusers drops DoRA's magnitudes in the {layer.component}"
             raise InputError("export", wrong, "export it as peft")

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..linalg import precise
 
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 COMPONENTS = ("unet", "transformer", *TEXT_ENCODERS)
 Names = tuple[str, str]  # (component, module path)
 
@@ -21,7 +21,7 @@ Names = tuple[str, str]  # (component, module path)
 class Layer:
     """One module's update: scale * up @ down, for convolutions after flattening both to matrices.
 
-    component: "unet", "text_encoder", "text_encoder_2", or "" in a file that names none. path: the module's, in it.
+    component: one of COMPONENTS, or "" in a file that names none. path: the module's, in it.
     up: (m, r) or (m, r, 1, 1); down: (r, n) or (r, n, k, k), as stored. magnitude: DoRA's row norms, of m numbers.
     keys: the stored keys of up and down; None where the file holds other tensors that they are made of.
     source: which of the file's stored parts holds them.
@@ -95,7 +95,7 @@ class LoraFile:
 
 def neutral_path(component: str, path: str) -> str:
     """CLIP encoders' paths with the leading `text_model` that transformers 5.6 took out of CLIPTextModel."""
-    bare = component in TEXT_ENCODERS and path.startswith(("encoder.", "embeddings."))
+    bare = component in TEXT_ENCODERS and path.startswith(("encoder.layers.", "embeddings."))
     return f"text_model.{path}" if bare else path
 
 

@@ -15,6 +15,7 @@ from ..io import PEFT_CONFIG as CONFIG
 from ..io import PEFT_FILE as FILE
 from ..io import read as read_tensors
 from .diffusers import require_one_kind, scale_of
+from .family import family_of, group
 from .lora import COMPONENTS, TEXT_ENCODERS, Layer, LoraFile, Names, Stored, folded, layers_of, neutral_path
 from .vocabulary import component_of
 
@@ -97,12 +98,13 @@ def parts(layers: list[Layer], header: Mapping[str, str], out: Path) -> dict[Pat
     if any(layer.path.endswith("]") for layer in layers):
         raise InputError("export", "slices of a fused matrix have no place in PEFT's layout", "keep our own format")
     require_one_kind(layers)
+    projected = group(family_of(layers, header)) == "sd3"
     written = {}
     for component in dict.fromkeys(layer.component for layer in layers):
         own = folded([layer for layer in layers if layer.component == component])
         tensors: dict[str, Tensor] = {}
         for layer in own:
-            key = _PREFIX + _native(layer)
+            key = _PREFIX + _native(layer, projected)
             tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = layer.down, layer.up
             if layer.magnitude is not None:
                 tensors[f"{key}.lora_magnitude_vector"] = layer.magnitude
@@ -110,7 +112,7 @@ def parts(layers: list[Layer], header: Mapping[str, str], out: Path) -> dict[Pat
             "peft_type": "LORA",
             "r": own[0].rank,
             "lora_alpha": own[0].rank,
-            "target_modules": [_native(layer) for layer in own],
+            "target_modules": [_native(layer, projected) for layer in own],
             "bias": "none",
             "use_dora": own[0].magnitude is not None,
         }
@@ -118,6 +120,10 @@ def parts(layers: list[Layer], header: Mapping[str, str], out: Path) -> dict[Pat
     return written
 
 
-def _native(layer: Layer) -> str:
-    """The module's path in the model as transformers 5.6 and later build it: CLIPTextModel has no text_model."""
-    return layer.path.removeprefix("text_model.") if layer.component == TEXT_ENCODERS[0] else layer.path
+def _native(layer: Layer, projected: bool) -> str:
+    """The module's path in the model as transformers 5.6 and later build it: CLIPTextModel has no text_model.
+
+    projected: whether the first encoder is a CLIPTextModelWithProjection, as SD3's is; that has it still.
+    """
+    flat = layer.component == TEXT_ENCODERS[0] and not projected
+    return layer.path.removeprefix("text_model.") if flat else layer.path

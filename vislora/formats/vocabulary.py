@@ -1,4 +1,4 @@
-"""The module names of Stable Diffusion 1.x, 2.x and XL, by which kohya's underscore names are read."""
+"""The module names of Stable Diffusion's UNets and text encoders, by which kohya's underscore names are read."""
 
 from __future__ import annotations
 
@@ -42,6 +42,12 @@ def _text_encoder() -> Iterator[str]:
     yield "text_projection"
 
 
+def _t5() -> Iterator[str]:
+    for i in range(24):
+        yield from (f"encoder.block.{i}.layer.0.SelfAttention.{leaf}" for leaf in "qkvo")
+        yield from (f"encoder.block.{i}.layer.1.DenseReluDense.{leaf}" for leaf in ("wi", "wi_0", "wi_1", "wo"))
+
+
 def by_flat_name(paths: Iterable[str]) -> dict[str, list[str]]:
     """{flat name: the paths that are written so}; more than one is ambiguous."""
     found: dict[str, list[str]] = {}
@@ -55,7 +61,9 @@ def known(component: str) -> dict[str, list[str]]:
     """`by_flat_name` of every module that LoRAs of these models adapt; {} for a component without a vocabulary."""
     if component == "unet":
         return by_flat_name(_unet())
-    return by_flat_name(_text_encoder()) if component.startswith("text_encoder") else {}
+    # T5 is SD3's third encoder and Flux's second.
+    clip = _text_encoder() if component in ("text_encoder", "text_encoder_2") else ()
+    return by_flat_name([*clip, *(_t5() if component in ("text_encoder_2", "text_encoder_3") else ())])
 
 
 def component_of(path: str) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from typing import Any
 
 import torch
@@ -18,7 +20,11 @@ from .scaled_adamw import ScaledAdamW
 __all__ = ["AltLoRA", "LoRAPro", "PairedAdamW", "ScaledAdamW", "build", "from_options", "names", "own_options",
            "pairs_of", "require_fit"]  # fmt: skip
 
+log = logging.getLogger("vislora")
 _PAIRED: dict[str, type[PairedAdamW]] = {"scaled_adamw": ScaledAdamW, "lora_pro": LoRAPro, "alt_lora": AltLoRA}
+
+_PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}  # of other people's optimizers, for any adapter
+_ADAM = ("adamw", *_PACKAGES)
 
 # A script's option -> (the constructor's word, the optimizers that have it)
 _OWN = {
@@ -26,20 +32,28 @@ _OWN = {
     "lora_pro_moments": ("moments", ("lora_pro",)),
     "alt_lora_plus": ("plus", ("alt_lora",)),
     "alt_lora_alternate": ("alternate", ("alt_lora",)),
+    "prodigy_beta3": ("beta3", ("prodigy",)),
+    "prodigy_decouple": ("decouple", ("prodigy",)),
+    "prodigy_use_bias_correction": ("use_bias_correction", ("prodigy",)),
+    "prodigy_safeguard_warmup": ("safeguard_warmup", ("prodigy",)),
 }
 
 
 def names() -> list[str]:
     """Every optimizer's name, AdamW first."""
-    return ["adamw", *_PAIRED]
+    return [*_ADAM, *_PAIRED]
 
 
 def require_fit(name: str, method: Method) -> None:
-    """Raise InputError for an unknown optimizer, and for one that cannot train the method's tensors."""
+    """Raise InputError for an unknown optimizer, one whose package is missing, and one that cannot train the method's
+    tensors."""
     if name not in names():
         wrong = f"{name!r} is no optimizer{near(name, names())}"
         raise InputError("optimizer", wrong, f"take one of {', '.join(names())}")
-    if name != "adamw" and not method.is_lora_shaped():
+    package = _PACKAGES.get(name)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise InputError("optimizer", f"{name} needs the package {package}", f"pip install {package}")
+    if name not in _ADAM and not method.is_lora_shaped():
         own = type(method).__module__.rpartition(".")[2]
         wrong = f"{name} treats LoRA's two factors together, and {own} has others"
         fitting = [n for n in adapters.names() if adapters.get(n).is_lora_shaped()]
@@ -55,10 +69,30 @@ def build(
     them, and the optimizer's own keywords. Raises InputError where the optimizer does not fit the adapter's method.
     """
     require_fit(name, adapter.method)
+    if name == "prodigy":
+        return _prodigy(adapter.param_groups(lr), settings)
     groups = adapter.param_groups(lr, component_lr)
     if name == "adamw":
         return torch.optim.AdamW(groups, **settings)
+    if name == "adamw8bit":
+        import bitsandbytes  # seconds
+
+        return bitsandbytes.optim.AdamW8bit(groups, **settings)
     return _PAIRED[name](groups, pairs_of(adapter), **settings)
+
+
+def _prodigy(groups: list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.Optimizer:
+    """Prodigy (Mishchenko and Defazio 2023, arXiv 2306.06101) by its authors' package: it estimates one rate for all
+    parameters, which `lr` (1 is usual) multiplies; components have no rate of their own."""
+    from prodigyopt import Prodigy
+
+    rates = sorted({group["lr"] for group in groups})
+    if len(rates) > 1:
+        wrong = f"prodigy has one rate for all, the adapter asks for {len(rates)}: {', '.join(map(str, rates))}"
+        raise InputError("optimizer", wrong, "take a method with one rate, or adamw")
+    if rates[0] < 0.1:
+        log.warning("--learning_rate %g: prodigy multiplies the rate that it finds by it; 1 is usual", rates[0])
+    return Prodigy(groups, lr=rates[0], **settings)
 
 
 def own_options(options: Any) -> dict[str, Any]:
@@ -68,7 +102,7 @@ def own_options(options: Any) -> dict[str, Any]:
     """
     found = {}
     for option, (word, owners) in _OWN.items():
-        value = getattr(options, option)
+        value = getattr(options, option, None)
         if value is not None:
             if options.optimizer not in owners:
                 wrong = f"is an option of {', '.join(owners)}, and the optimizer is {options.optimizer}"

@@ -60,6 +60,31 @@ class _Attention(nn.Module):
         return x + self.proj((q @ k.mT / 4).softmax(-1) @ v)
 
 
+class _Convolutions(nn.Module):
+    """A strided, padded, grouped and pointwise chain of convolutions, the first reflecting at the borders."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(4, 8, 3, stride=2, padding=1, padding_mode="reflect")
+        self.grouped = nn.Conv2d(8, 12, (3, 1), padding=(2, 0), dilation=(2, 1), groups=2, bias=False)
+        self.last = nn.Conv2d(12, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(nn.functional.gelu(self.grouped(self.first(x))))
+
+
+class _Multihead(nn.Module):
+    """A block around nn.MultiheadAttention, which reads its weights and calls no module."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(16), nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + self.attn(h, h, h, need_weights=False)[0]
+
+
 def seeded(build: Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
     def make(seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -78,12 +103,16 @@ def feed(*shape: int) -> Callable[[nn.Module, int], Tensor]:
 
 
 def hosts() -> list[Host]:
-    """The hosts that need torch alone: a chain of linears without and with bias, and fused attention blocks."""
+    """The hosts that need torch alone: a chain of linears without and with bias, fused attention blocks, convolutions,
+    and torch's own attention, whose weights are read."""
     chain = seeded(lambda: nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12, bias=False)))
+    multihead = seeded(lambda: nn.Sequential(_Multihead(), _Multihead()))
     fused = seeded(lambda: nn.Sequential(_Attention(), _Attention()))
     return [
         Host("linear", chain, "all-linear", feed(3, 5, 12)),
         Host("fused_qkv", fused, ["qkv[q]", "qkv[v]"], feed(2, 6, 16)),
+        Host("conv", seeded(_Convolutions), ["first", "grouped", "last"], feed(2, 4, 8, 8)),
+        Host("mha", multihead, ["in_proj_weight[q]", "in_proj_weight[v]", "out_proj"], feed(2, 6, 16)),
     ]
 
 

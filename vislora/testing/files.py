@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import tempfile
 
 import torch
 from torch import Tensor
 
 from ..io import FILE, load, read, write
-from .subject import Subject, close, refused
+from .subject import Subject, close, refused, weight_of
 
 
 def saved_and_loaded_is_equal(s: Subject) -> None:
@@ -61,9 +62,9 @@ def two_adapters_add(s: Subject) -> None:
     s.train(second)
     both = s.run()
     other = s.host.build(0).eval()
-    modules = dict(other.named_modules())
+    deltas = first.deltas()
     for name, delta in second.deltas().items():
-        modules[name].weight.data += delta + first.deltas()[name]
+        weight_of(other, name).data += delta + deltas[name]
     close(both, s.run(model=other), 2e-4)
     with second.disabled():
         assert torch.equal(alone, s.run()), "training one adapter moved the other"
@@ -80,7 +81,7 @@ def two_adapters_add(s: Subject) -> None:
 
 def detach_leaves_no_trace(s: Subject) -> None:
     before, keys = s.run(), list(s.model.state_dict())
-    flags = [p.requires_grad for p in s.model.parameters()]
+    flags, kinds = [p.requires_grad for p in s.model.parameters()], [type(m) for m in s.model.modules()]
     adapter = s.attach()
     s.train(adapter)
     moved = s.run()
@@ -88,6 +89,7 @@ def detach_leaves_no_trace(s: Subject) -> None:
     assert torch.equal(before, s.run()) and list(s.model.state_dict()) == keys
     assert [p.requires_grad for p in s.model.parameters()] == flags
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in s.model.modules())
+    assert [type(m) for m in s.model.modules()] == kinds
     adapter = s.attach()
     s.train(adapter)
     adapter.detach(merge=True)
@@ -100,7 +102,22 @@ def copies_are_independent(s: Subject) -> None:
     s.train(adapter)
     out = s.run()
     twin = copy.deepcopy(s.model)
-    close(out, s.run(model=twin), 1e-6)
+    again, its_adapter = pickle.loads(pickle.dumps((s.model, adapter)))
+    for model in (twin, again):
+        close(out, s.run(model=model), 1e-6)
     s.train(adapter)
-    close(out, s.run(model=twin), 1e-6)
     assert not torch.equal(out, s.run())
+    adapter.detach()
+    base = s.run()
+    for model in (twin, again):
+        close(out, s.run(model=model), 1e-6)
+    own = [p for name, p in twin.named_parameters() if "vislora_" in name]
+    assert own and all(p.requires_grad for p in own)
+    s.host.run(twin, 0).float().square().mean().backward()
+    assert any(p.grad is not None and p.grad.any() for p in own)
+    with torch.no_grad():
+        for p in own:
+            p.mul_(1.5).add_(0.1)
+    assert not torch.equal(out, s.run(model=twin)), "the copy's parameters do nothing"
+    its_adapter.detach()
+    assert torch.equal(base, s.run(model=again)) and its_adapter.optimizer is None

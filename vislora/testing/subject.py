@@ -68,6 +68,13 @@ class Subject:
         return loss
 
 
+def weight_of(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter that a key of `deltas()` stands for: a module's weight, or a parameter of another name."""
+    owner, _, leaf = name.rpartition(".")
+    parameters = model.get_submodule(owner)._parameters
+    return parameters[leaf] if leaf in parameters else model.get_submodule(name).weight
+
+
 def close(a: Tensor, b: Tensor, tolerance: float) -> None:
     """Assert that a and b differ by at most `tolerance` of the larger one's greatest entry."""
     scale = max(a.abs().max().item(), b.abs().max().item(), 1e-30)

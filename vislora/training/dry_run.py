@@ -5,10 +5,11 @@ from __future__ import annotations
 from vislora.handle import Handle
 
 
-def describe(adapter: Handle, data: str) -> str:
-    """The adapted layers, the parameters that would train, and the memory that is certain. `data`: a line on the data.
+def describe(adapter: Handle, data: str, memory: str | None = None) -> str:
+    """The adapted layers, the parameters that would train, and the memory. `data`: a line on the data.
 
-    16 bytes a trained parameter: float32 value, gradient and AdamW's two moments. Activations are not estimated.
+    memory: the line on it. None: what is certain, 16 bytes a trained parameter for its float32 value, gradient and
+    AdamW's two moments.
     """
     trained = sum(p.numel() for p in adapter.parameters())
     held = sum(p.numel() * p.element_size() for root in adapter.roots.values() for p in root.parameters())
@@ -17,7 +18,8 @@ def describe(adapter: Handle, data: str) -> str:
         adapter.summary(),
         data,
         f"{adapter.method_name} {adapter.method.options()}: {len(adapter.sites)} layers, {trained:,} parameters",
-        f"memory: {(held - 4 * trained) / 2**20:.1f} MiB of frozen models that are adapted, {16 * trained / 2**20:.1f} "
+        memory
+        or f"memory: {(held - 4 * trained) / 2**20:.1f} MiB of frozen models that are adapted, {16 * trained / 2**20:.1f} "
         f"MiB of adapter, gradients and AdamW moments{copy}; activations come on top",
         "dry run: nothing was trained or written",
     ]

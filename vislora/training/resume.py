@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vislora.errors import InputError
 from vislora.handle import Handle
@@ -33,8 +34,12 @@ def save_state(
     scaler: torch.amp.GradScaler | None,
     about: Mapping[str, Any],
     limit: int | None,
+    more: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Path:
-    """Commit a checkpoint of everything that `load_state` brings back; `about` is JSON-able and comes back as it is."""
+    """Commit a checkpoint of everything that `load_state` brings back; `about` is JSON-able and comes back as it is.
+
+    more: {file's stem: tensors} of the script's own, such as an average's.
+    """
     moments, rest = optimizer_tensors(optimizer, list(adapter.named_parameters()))
     state = {
         **about,
@@ -44,7 +49,7 @@ def save_state(
         "adapter_step": adapter.step,
         "base": fingerprint(adapter),
     }
-    tensors = {"adapter": dict(adapter.named_tensors()), "optimizer": moments}
+    tensors = {"adapter": dict(adapter.named_tensors()), "optimizer": moments, **(more or {})}
     return checkpoint.save(root, step, tensors, state, limit)
 
 

@@ -1,4 +1,4 @@
-"""What each logging step records of the adapter, and where it goes: metrics.jsonl and tensorboard."""
+"""What each logging step records of the adapter, and where it goes: metrics.jsonl and accelerate's trackers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,22 @@ from collections.abc import Mapping
 from types import TracebackType
 
 import numpy as np
+from accelerate.tracking import (
+    LOGGER_TYPE_TO_CLASS,
+    GeneralTracker,
+    TensorBoardTracker,
+    filter_trackers,
+    get_available_trackers,
+)
+from accelerate.utils import LoggerType
 from PIL import Image
 
+from vislora.errors import InputError, near
 from vislora.handle import Handle
 from vislora.measure import norms
 from vislora.training.run import RunFolder
+
+_PLAIN = ("none", "all")
 
 
 def layers(adapter: Handle) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
@@ -29,36 +40,55 @@ def layers(adapter: Handle) -> tuple[dict[str, dict[str, float]], dict[str, floa
     return by_site, {f"largest_{key}": value for key, value in largest.items()}
 
 
+def require_trackers(report_to: str) -> None:
+    """Raise InputError unless accelerate knows the tracker and its package is installed."""
+    if report_to not in _PLAIN and report_to not in LoggerType.list():
+        wrong = f"{report_to!r} is no tracker{near(report_to, [*_PLAIN, *LoggerType.list()])}"
+        raise InputError("--report_to", wrong, f"take one of {', '.join([*_PLAIN, *LoggerType.list()[1:]])}")
+    if report_to not in _PLAIN and LoggerType(report_to) not in get_available_trackers():
+        wrong, remedy = f"{report_to} is not installed", f"pip install {report_to}, or take tensorboard"
+        raise InputError("--report_to", wrong, remedy)
+
+
 class Log:
-    """`with Log(folder, "tensorboard") as log`: one line of metrics.jsonl a logged step, and tensorboard's curves."""
+    """`with Log(folder, "tensorboard") as log`: one line of metrics.jsonl a logged step, and the curves of accelerate's
+    trackers: "tensorboard", "wandb", another of theirs, "all" that are installed, or "none"."""
 
-    def __init__(self, folder: RunFolder, report_to: str):
-        self.folder = folder
-        self.writer = None
-        if report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter  # a second to import
-
-            self.writer = SummaryWriter(str(folder.logs))
+    def __init__(self, folder: RunFolder, report_to: str, settings: Mapping[str, object] | None = None):
+        """settings: the run's plain configuration, for trackers that show it."""
+        require_trackers(report_to)
+        self.folder, self.trackers = folder, []
+        for kind in filter_trackers([] if report_to == "none" else report_to, folder.logs):
+            make = LOGGER_TYPE_TO_CLASS[str(kind)]
+            self.trackers.append(make("", folder.logs) if make is TensorBoardTracker else _other(make, folder))
+        for tracker in self.trackers:
+            tracker.start()
+            if settings is not None and not isinstance(tracker, TensorBoardTracker):  # it would log a run of its own
+                tracker.store_init_configuration(dict(settings))
 
     def __enter__(self) -> Log:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        for tracker in self.trackers:
+            tracker.finish()
 
     def write(self, step: int, values: Mapping[str, float], by_site: Mapping[str, Mapping[str, float]]) -> None:
         """Log scalars, and under "layers" what `layers` measured of each site."""
         self.folder.log(step, {**values, "layers": by_site})
-        if self.writer is None:
-            return
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-        for site, measured in by_site.items():
-            for key, value in measured.items():
-                self.writer.add_scalar(f"{key}/{site}", value, step)
+        flat = {f"{key}/{site}": value for site, measured in by_site.items() for key, value in measured.items()}
+        for tracker in self.trackers:
+            tracker.log({**values, **flat}, step=step)
 
     def images(self, step: int, title: str, image: Image.Image | None) -> None:
-        """Put a sheet of images beside the curves."""
-        if self.writer is not None and image is not None:
-            self.writer.add_image(title, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        """Put a sheet of images beside the curves, where the tracker has a place for it."""
+        for tracker in self.trackers if image is not None else ():
+            if isinstance(tracker, TensorBoardTracker):
+                tracker.log_images({title: np.asarray(image.convert("RGB"))[None]}, step, dataformats="NHWC")
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({title: [image]}, step=step)
+
+
+def _other(make: type, folder: RunFolder) -> GeneralTracker:
+    """A tracker that is no tensorboard, for the project "vislora"."""
+    return make("vislora", folder.logs) if make.requires_logging_directory else make("vislora")

@@ -1,0 +1,168 @@
+"""The command, whole: on a run of a random Stable Diffusion of 32 pixels, on adapters of other tools, on folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from diffusers import UNet2DConditionModel
+from tiny_sd import tiny_sd
+
+import vislora
+from vislora.training.run import RunFolder
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PROMPTS = ["a {} in the snow", "a red {}"]
+METRICS = {"dino", "clip_i", "clip_t", "lpips_real", "lpips_div", "pres", "drift_dino", "drift_clip", "drift_denoising"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_sd(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="module")
+def adapters(model, tmp_path_factory):
+    """{"ours", "diffusers", "kohya", "peft": an adapter of a rough weight, as each tool's file}."""
+    place = tmp_path_factory.mktemp("adapters")
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    handle = vislora.attach({"unet": unet}, "lora", rank=2)
+    with torch.no_grad():
+        for name, tensor in handle.named_parameters():
+            tensor.copy_(0.5 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name))))
+    handle.save(place / "ours")
+    for form in ("diffusers", "kohya", "peft"):
+        handle.export(place / form, format=form)
+    return place
+
+
+@pytest.fixture
+def subject_driven(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "eval"))
+    monkeypatch.delitem(sys.modules, "subject_driven", raising=False)
+    import subject_driven
+
+    return subject_driven
+
+
+@pytest.fixture
+def folder(tmp_path, model, adapters, noise, monkeypatch):
+    """A run's folder, photos and prompts, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    noise("pet", [f"{i}.png" for i in range(3)])
+    Path("prompts.txt").write_text("\n".join(PROMPTS))
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    run.write_config({
+        "pretrained_model_name_or_path": str(model), "instance_data_dir": "pet", "adapter": "lora",
+        "instance_prompt": "a photo of a sks dog", "class_prompt": "a photo of a dog", "guidance_scale": 2.0,
+        "mixed_precision": None, "resolution": None, "concepts_list": None,
+    })  # fmt: skip
+    shutil.copytree(adapters / "ours", run.adapter)
+    return run.path
+
+
+@pytest.fixture
+def score(subject_driven, small_world, tmp_path):
+    """score(*flags): the result's JSON, of two images a prompt in two sampler steps."""
+
+    def call(*flags: str) -> dict:
+        AcceleratorState._reset_state()
+        PartialState._reset_state()
+        usual = {"--cache_dir": str(tmp_path / "cache"), "--resamples": "20"}
+        if "--generated" not in flags:
+            usual |= {"--steps": "2", "--images": "2", "--drift_images": "1"}
+        usual |= {} if "--data" in flags else {"--prompts": "prompts.txt"}
+        given = [word for flag, value in usual.items() if flag not in flags for word in (flag, value)]
+        subject_driven.main([*given, *flags])
+        named = flags[flags.index("--output_dir") + 1] if "--output_dir" in flags else flags[1]
+        return json.loads((Path(named) / "eval" / "subject_driven.json").read_text())
+
+    return call
+
+
+def test_a_run_is_drawn_and_scored(score, folder, capsys):
+    result = score("--run", str(folder))
+    assert result["protocol"] == "oft" and set(result["protocols"]) == {"dreambooth"}
+    metrics, intervals = result["metrics"], result["intervals"]
+    assert set(metrics) >= METRICS and all(isinstance(metrics[name], float) for name in METRICS)
+    assert all(low <= metrics[name] <= high for name, (low, high) in intervals.items() if name != "lpips_div")
+    assert metrics["drift_denoising"] > 0 and metrics["drift_dino"] > 0
+    assert set(result["per_subject"]) == {"pet"} and set(result["per_prompt"]) >= set(PROMPTS)
+    counts = result["counts"]
+    assert (counts["generated"], counts["pairs"], counts["real_pairs"], counts["real_pairs_with_self"]) == (4, 12, 6, 9)
+    record = result["record"]
+    assert record["texts"] == {p: p.format("dog") for p in PROMPTS} and record["tokens"] == {"pet": "sks"}
+    assert record["steps"] == 2 and record["guidance"] == 2.0 and record["versions"]["torch"] == torch.__version__
+    assert record["lpips_column"] == "lpips_world" and "tiny-dino" in record["dino"]
+    manifest = json.loads((folder / "eval" / "images" / "manifest.json").read_text())
+    assert {image["prompt"] for image in manifest["images"].values()} == {p.format("sks dog") for p in PROMPTS}
+    shown = capsys.readouterr().out
+    assert "lpips_world_real" in shown and "dreambooth" in shown and "4 images of 2 prompts, 1 subjects" in shown
+
+    # Images of the same run in folders give the same numbers.
+    again = score("--generated", str(folder), "--real", "pet", "--output_dir", "again")
+    for name in ("dino", "clip_i", "clip_t", "lpips_real", "lpips_div"):
+        assert again["metrics"][name] == pytest.approx(metrics[name], abs=1e-12), name
+
+
+def test_drawing_goes_on_where_it_was_cut_off(score, folder, subject_driven, monkeypatch):
+    first = score("--run", str(folder), "--no_drift")
+    images = folder / "eval" / "images"
+    before = {file.name: file.read_bytes() for file in images.glob("*.png")}
+    (images / "001_0.png").unlink()
+    (images / "000_1.png").write_bytes(before["000_1.png"][:200])  # cut short
+    kept = (images / "000_0.png").stat().st_mtime_ns
+    assert score("--run", str(folder), "--no_drift")["metrics"] == first["metrics"]
+    assert {file.name: file.read_bytes() for file in images.glob("*.png")} == before
+    assert (images / "000_0.png").stat().st_mtime_ns == kept
+
+    monkeypatch.setattr(subject_driven.draw, "render", None)  # would fail if anything were drawn
+    assert score("--run", str(folder), "--no_drift")["metrics"] == first["metrics"]
+    with pytest.raises(TypeError):
+        score("--run", str(folder), "--no_drift", "--steps", "1")  # other images are asked for
+
+
+def test_every_tool_s_file_draws_the_same(score, folder, adapters, model):
+    own = score("--run", str(folder), "--no_drift")["metrics"]
+    for form in ("diffusers", "kohya", "peft"):
+        found = score("--adapter", str(adapters / form), "--base", str(model), "--real", "pet", "--class_noun", "dog",
+                      "--guidance_scale", "2", "--no_drift", "--output_dir", form)["metrics"]  # fmt: skip
+        assert found.keys() == own.keys()
+        for name, value in own.items():
+            assert found[name] == (None if value is None else pytest.approx(value, abs=5e-3)), (form, name)
+
+
+def test_the_base_has_not_drifted(score, folder):
+    result = score("--run", str(folder), "--adapter", "none", "--output_dir", "base")
+    assert result["metrics"]["drift_dino"] == pytest.approx(0, abs=1e-9)
+    assert result["metrics"]["drift_denoising"] == 0
+    assert not (Path("base") / "eval" / "drift").exists()
+
+
+def test_bad_input_is_told_in_one_line(score, folder, noise, model):
+    from vislora.errors import InputError
+
+    with pytest.raises(InputError, match="none of --run, --adapter and --generated"):
+        score("--seed", "1")
+    with pytest.raises(InputError, match="ofc.*unknown.*one of oft"):
+        score("--run", str(folder), "--protocol", "ofc")
+    place = noise("made", [f"00{i}_{k}.png" for i in range(2) for k in range(2)])
+    (place / "001_1.png").unlink()
+    with pytest.raises(InputError, match=r"made: 0 of 2 prompts have no image, 1 have fewer.*number 1"):
+        score("--generated", "made", "--real", "pet")
+    noise("made", ["001_1.png", "002_0.png"])
+    with pytest.raises(InputError, match="up to number 2, and there are 2"):
+        score("--generated", "made", "--real", "pet")
+    (place / "002_0.png").unlink()
+    (place / "000_0.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"1 cannot be read: made/000_0.png"):
+        score("--generated", "made", "--real", "pet")
+    with pytest.raises(InputError, match="no such folder"):
+        score("--generated", "made", "--real", "nowhere")
+

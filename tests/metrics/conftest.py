@@ -1,0 +1,1 @@
+from metric_world import noise, root, small_world  # noqa: F401

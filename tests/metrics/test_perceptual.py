@@ -1,0 +1,74 @@
+"""LPIPS as distances between vectors, against lpips itself and, where heads are, torchmetrics' formula by hand."""
+
+from __future__ import annotations
+
+import warnings
+
+import lpips
+import pytest
+import torch
+
+from vislora.errors import InputError
+from vislora.metrics.cache import Cache
+from vislora.metrics.features import compare
+from vislora.metrics.perceptual import Perceptual, distances, perceptual
+from vislora.metrics.pictures import examine, listing
+from vislora.metrics.transforms import Transform
+
+
+@pytest.mark.parametrize(("net", "heads"), [("alex", True), ("squeeze", True), ("squeeze", False)])
+def test_equal_to_lpips_on_pairs(net, heads):
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        own = Perceptual(lpips.LPIPS(net=net, lpips=heads, pretrained=heads, pnet_rand=True, verbose=False), "it",
+                         Transform(64, "bilinear"))
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.rand(3, 3, 64, 64, generator=g) * 2 - 1, torch.rand(3, 3, 64, 64, generator=g) * 2 - 1
+    (a, weights), (b, _) = own.embed(x), own.embed(y)
+    for i in range(3):
+        theirs = own.network(x[i : i + 1].expand(3, -1, -1, -1), y).flatten()
+        assert torch.allclose(distances(a[i], b, weights), theirs, rtol=1e-4, atol=1e-6)
+        assert theirs.min() > 1e-3
+    assert distances(a[0], a[:1], weights).item() == 0
+
+
+def test_groups_are_compared_once_and_kept(noise, tmp_path, monkeypatch):
+    world = perceptual()
+    files = examine(listing(noise("a", [f"{i}.png" for i in range(5)])))
+    cache = Cache(tmp_path / "cache")
+    groups = [(files[:2], files[2:]), (files, files)]
+    first, second = compare(groups, world, cache)
+    assert first.shape == (2, 3) and second.shape == (5, 5)
+    assert abs(second - second.T).max() < 1e-6 and (second.diagonal() == 0).all()
+    assert first == pytest.approx(second[:2, 2:], abs=1e-6)
+    monkeypatch.setattr(world, "embed", None)  # would fail if it were asked
+    again = compare(groups, world, Cache(tmp_path / "cache"))
+    assert (again[0] == first).all() and (again[1] == second).all()
+
+
+def test_processes_share_the_groups(noise):
+    world = perceptual()
+    files = examine(listing(noise("a", [f"{i}.png" for i in range(4)])))
+    groups = [([a], files) for a in files]
+    whole = compare(groups, world, Cache(None))
+    parts = []
+
+    def keep(found: dict) -> dict:
+        parts.append(found)
+        raise InterruptedError
+
+    for rank in range(2):
+        with pytest.raises(InterruptedError):
+            compare(groups, world, Cache(None), (rank, 2), keep)
+    assert [len(part) for part in parts] == [2, 2] and not parts[0].keys() & parts[1].keys()
+    joined = compare(groups, world, Cache(None), (8, 9), lambda found: {**parts[0], **parts[1], **found})
+    assert all((a == b).all() for a, b in zip(whole, joined, strict=True))
+
+
+def test_a_missing_trunk_says_what_belongs_where(tmp_path):
+    with pytest.raises(InputError, match=r"alexnet.safetensors.*no such file.*torchvision's alexnet"):
+        perceptual(str(tmp_path))
+    (tmp_path / "alexnet.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(InputError, match="is no trunk for LPIPS"):
+        perceptual(str(tmp_path))
