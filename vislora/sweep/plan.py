@@ -192,6 +192,14 @@ def _mappings(given: Any, where: str) -> dict[str, Settings]:
     return {str(label): dict(settings or {}) for label, settings in given.items()}
 
 
+def _plain(value: Any) -> Any:
+    """2e-4 as the number that it means: YAML 1.1 takes it for a word, for want of a point."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def _list(given: Any, where: str, kind: type) -> list:
     if not isinstance(given, Sequence) or isinstance(given, str) or not all(isinstance(v, kind) for v in given):
         raise InputError(where, f"is {given!r}", f"give a list of {kind.__name__}")
@@ -208,7 +216,7 @@ def _settings(given: Any, where: str, methods: Mapping[str, Settings]) -> list[S
             parts |= {"own": {str(label): _list(own, f"{where}, {name}", object) for label, own in values.items()},
                       "methods": [str(label) for label in values]}  # fmt: skip
             values = list(dict.fromkeys(value for own in parts["own"].values() for value in own))
-        if parts.get("subjects") is not None:
+        if "subjects" in parts:
             parts["subjects"] = _mappings(parts["subjects"], f"{where}, {name}, subjects")
         if not isinstance(values, list) or not values or unknown:
             remedy = "give a list of values, or {values: [...], methods: [...]}"
@@ -216,5 +224,6 @@ def _settings(given: Any, where: str, methods: Mapping[str, Settings]) -> list[S
         for label in parts.get("methods") or []:
             if label not in methods:
                 raise InputError(f"{where}, {name}", f"no method {label!r}{near(label, methods)}", "take a label above")
-        found.append(Setting(name, values, **parts))
+        parts["own"] = {label: list(map(_plain, own)) for label, own in parts.get("own", {}).items()}
+        found.append(Setting(name, list(map(_plain, values)), **parts))
     return found

@@ -56,19 +56,24 @@ class Sample:
 
 
 def samples(run: Path, folder: str, result: str) -> list[Sample]:
-    """The first image of each prompt, by the prompts' numbers; empty where the run has none."""
+    """The first image of each prompt, by the prompts' numbers; empty where the run has none.
+
+    Scores stand under the prompt, or where the manifest has them under its template ("a {} on grass").
+    """
     scores = _by_prompt(run, result)
     try:
-        told = json.loads((run / folder / "manifest.json").read_text(encoding="utf-8"))["images"]
-        named = [(int(about["group"]), file, str(about["prompt"])) for file, about in told.items()]
+        told = json.loads((run / folder / "manifest.json").read_text(encoding="utf-8"))
+        named = [(int(about["group"]), file, str(about["prompt"])) for file, about in told["images"].items()]
+        templates = dict(enumerate(told.get("templates", ())))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
     found: dict[int, Sample] = {}
     for number, file, prompt in sorted(named):
         path = run / folder / file
         if number not in found and path.is_file():
-            own = {k: float(v) for k, v in scores.get(prompt, {}).items() if isinstance(v, int | float)}
-            found[number] = Sample(path, prompt, number, own)
+            own = scores.get(templates.get(number, prompt), {})
+            numbers = {name: float(value) for name, value in own.items() if isinstance(value, int | float)}
+            found[number] = Sample(path, prompt, number, numbers)
     return list(found.values())
 
 

@@ -121,6 +121,7 @@ def write(plan: Plan, sweep: Path, found: Sequence[Row], chosen: dict[str, dict[
             own = [row.cell.method, row.cell.subject, row.cell.seed, *(row.cell.varied.get(n, "") for n in varied)]
             out.writerow([*own, row.cell.tuning or "", *(row.values[c] for c in columns), row.seconds, row.failure])
     table = groups(plan, found)
+    varied = list(dict.fromkeys(name for group in table for name in group.varied))
     with paths[1].open("w", newline="") as file:
         out = csv.writer(file)
         out.writerow(["method", *varied, *(f"{c}{end}" for c in columns for end in ("", "_half")), "seeds", "failed"])
