@@ -11,6 +11,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from vislora.formats.disk import write_bytes
 from vislora.sweep import sheet
@@ -20,8 +21,8 @@ from vislora.sweep.plan import Plan
 from vislora.sweep.series import over_steps
 from vislora.sweep.table import Group, Mean, Row, groups, over_seeds
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart; then the same with other strokes.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's colours, which people with any colour vision can tell apart, and three more; then with other strokes.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B", "#7F7F7F", "#5B2A86")
 STROKES, MARKS = ("-", "--", ":", "-."), "osD^vP*XpH<>"
 WIDTH = 5.6  # inches: a page shows it at the width of a phone, and 9 points stay legible
 
@@ -77,9 +78,10 @@ def scatter(plan: Plan, sweep: Path, picture: Scatter, found: list[Row]) -> tupl
     points = [(group.means[picture.x], group.means[picture.y]) for group in whole]
     best = front([(x.value, y.value) for x, y in points], picture.front)
     line_of = {label: name for name, labels in picture.lines.items() for label in labels}
-    series: dict[str, list[int]] = {}
+    series: dict[str, list[int]] = {name: [] for name in picture.lines}  # first, so that their colours differ
     for i, group in enumerate(whole):
         series.setdefault(line_of.get(group.method, group.method), []).append(i)
+    series = {name: members for name, members in series.items() if members}
     for order, (name, members) in enumerate(series.items()):
         if name in picture.lines:
             members.sort(key=lambda i: picture.lines[name].index(whole[i].method))
@@ -91,10 +93,12 @@ def scatter(plan: Plan, sweep: Path, picture: Scatter, found: list[Row]) -> tupl
             label=name, marker=MARKS[order % len(MARKS)], linestyle=style[1] if joined else "", color=style[0],
             markersize=6, elinewidth=0.8, linewidth=1.5,
         )  # fmt: skip
-        for i in members if joined else ():
-            x, y = points[i]
-            axis.annotate(_short(whole[i], name), (x.value, y.value), xytext=(5, -9), textcoords="offset points",
-                          fontsize=7, color=style[0])  # fmt: skip
+        right, up = ((1, -1), (-1, 1), (1, 1), (-1, -1))[order % 4]  # so that lines that meet can still be read
+        for i, words in zip(members, _apart([whole[i] for i in members]), strict=True) if joined else ():
+            axis.annotate(words, (points[i][0].value, points[i][1].value), xytext=(4 * right, 4 * up),
+                          textcoords="offset points", fontsize=7, color=style[0],
+                          ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top",
+                          path_effects=[withStroke(linewidth=2, foreground="white")])  # fmt: skip
     if picture.front:
         ends = sorted((points[i][0].value, points[i][1].value) for i in best)
         axis.plot(*zip(*ends, strict=True), color="0.75", linewidth=5, zorder=0, solid_capstyle="round",
@@ -131,9 +135,9 @@ def steps(plan: Plan, sweep: Path, picture: Steps, found: list[Row]) -> tuple[by
         keyed.setdefault(words, []).append(row)
     lines: Lines = [["value", "method", "step", "mean", "half", "seeds"]]
     figure, axes = _figure(len(picture.values), 2.6)
-    for axis, value in zip(axes, picture.values, strict=True):
+    for axis, (value, path) in zip(axes, picture.values.items(), strict=True):
         for order, (name, members) in enumerate(keyed.items()):
-            tracks = [over_steps(Place(sweep, row.cell).run, value) for row in members]
+            tracks = [over_steps(Place(sweep, row.cell).run, path) for row in members]
             seen = [(step, over_seeds([(row.cell.seed, track[step]) for row, track in zip(members, tracks, strict=True)
                                        if step in track])) for step in sorted({s for track in tracks for s in track})]
             _line(axis, name, order, seen)
@@ -204,10 +208,14 @@ def _settings(group: Group) -> str:
     return ", ".join(f"{name} {value}" for name, value in group.varied.items())
 
 
-def _short(group: Group, line: str) -> str:
-    """A point's name beside its line: what its method's label has more than the line's, and what varied."""
-    words = [word for word in group.method.split() if word not in line.split()]
-    return ", ".join(filter(None, [" ".join(words), _settings(group)]))
+def _apart(members: Sequence[Group]) -> list[str]:
+    """Short names of a line's points: the words of their labels that not all of them have, and what varied."""
+    labels = [group.method.split() for group in members]
+    shared = set.intersection(*map(set, labels))
+    names = {name for group in members for name in group.varied}
+    own = [_settings(group) if len(names) > 1 else "".join(map(str, group.varied.values())) for group in members]
+    words = [" ".join(word for word in label if word not in shared) for label in labels]
+    return [", ".join(filter(None, pair)) for pair in zip(words, own, strict=True)]
 
 
 def _figure(panels: int, height: float) -> tuple[Figure, list]:

@@ -13,7 +13,7 @@
         front: {x: min, y: max}             # draw the Pareto front of the means
       norms:
         kind: steps                         # what metrics.jsonl holds over steps, a panel each
-        values: [loss, "layers.*.norm"]     # * is the mean over all that is there
+        values: {loss: loss, norm of the update: "layers.*.norm"}   # * is the mean over all that is there
       rates:
         kind: against                       # columns against a setting of grid or factors, a line a method
         setting: learning_rate
@@ -67,7 +67,7 @@ class Scatter(Picture):
 
 @dataclass(frozen=True, kw_only=True)
 class Steps(Picture):
-    values: list[str]
+    values: dict[str, str]
     log: bool = False
 
 
