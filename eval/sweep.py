@@ -36,7 +36,9 @@ def main(argv: list[str]) -> None:
     sweep = Path(args.output_dir or f"runs/sweeps/{plan.name}")
     sweep.mkdir(parents=True, exist_ok=True)
     runner = Runner(plan, sweep, ROOT)
-    tuning = [cell for cell in plan.tuning_cells() if cell.matches(args.only)]
+    # Rows need their method's tuning, whatever subjects and seeds are asked for.
+    of_method = {name: value for name, value in args.only.items() if name == "method"}
+    tuning = [cell for cell in plan.tuning_cells() if cell.matches(of_method)]
     if args.report:
         return report(plan, sweep, tuning, args.only)
     if args.dry_run:
@@ -63,7 +65,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="the sweep's YAML file")
     parser.add_argument("--output_dir", help="where cells and tables go (runs/sweeps/NAME)")
     parser.add_argument("--workers", type=int, help="cells at a time: one a GPU, or as many shares of the CPU's cores")
-    parser.add_argument("--only", default="", help="method=NAME,seed=0,...: these cells alone")
+    parser.add_argument("--only", default="", help="method=NAME,seed=0,...: these cells alone, and the tuning of their methods")
     parser.add_argument("--dry_run", action="store_true", help="list the cells and the time that is left")
     parser.add_argument("--report", action="store_true", help="run nothing: tables, pictures and page of what is there")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
