@@ -65,7 +65,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="the sweep's YAML file")
     parser.add_argument("--output_dir", help="where cells and tables go (runs/sweeps/NAME)")
     parser.add_argument("--workers", type=int, help="cells at a time: one a GPU, or as many shares of the CPU's cores")
-    parser.add_argument("--only", default="", help="method=NAME,seed=0,...: these cells alone, and the tuning of their methods")
+    parser.add_argument("--only", default="", help="method=NAME,seed=0,...: these, and the tuning of their methods")
     parser.add_argument("--dry_run", action="store_true", help="list the cells and the time that is left")
     parser.add_argument("--report", action="store_true", help="run nothing: tables, pictures and page of what is there")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

@@ -107,7 +107,7 @@ def scatter(plan: Plan, sweep: Path, picture: Scatter, found: list[Row]) -> tupl
     for side, column in (("x", picture.x), ("y", picture.y)):
         words = f"{column} ({better[picture.front[side]]})" if picture.front else column
         getattr(axis, f"set_{side}label")(words)
-    _legend(figure, axis)
+    _legend(figure, [axis])
     lines: Lines = [["method", "settings", picture.x, f"{picture.x}_half", picture.y, f"{picture.y}_half", "seeds",
                      "line", "on_front"]]  # fmt: skip
     for i, group in enumerate(whole):
@@ -148,7 +148,7 @@ def steps(plan: Plan, sweep: Path, picture: Steps, found: list[Row]) -> tuple[by
     axes[-1].set_xlabel("training step")
     if len(lines) == 1:
         return None
-    _legend(figure, axes[-1])
+    _legend(figure, axes)
     return _png(figure), lines
 
 
@@ -178,12 +178,14 @@ def against(plan: Plan, sweep: Path, picture: Against, found: list[Row]) -> tupl
         axis.set_xticks(values if numbers else range(len(values)), [str(value) for value in values])
         axis.set_ylabel(column)
     axes[-1].set_xlabel(picture.setting)
-    _legend(figure, axes[-1])
+    _legend(figure, axes)
     return _png(figure), lines
 
 
 def _line(axis, name: str, order: int, seen: list[tuple[float, Mean]], mark: bool = False) -> None:
     """A line of means, and for several seeds its interval: bars where the points are marked, else a band."""
+    if not seen:
+        return
     colour, stroke = _style(order)
     xs, ys, halves = [x for x, _ in seen], [m.value for _, m in seen], [_half(m) for _, m in seen]
     if mark:
@@ -229,9 +231,10 @@ def _figure(panels: int, height: float) -> tuple[Figure, list]:
     return figure, axes
 
 
-def _legend(figure: Figure, axis) -> None:
-    """Below all panels, in as many columns as fit; the figure grows by what it takes."""
-    handles, names = axis.get_legend_handles_labels()
+def _legend(figure: Figure, axes: list) -> None:
+    """Of all panels, below them, in as many columns as fit; the figure grows by what it takes."""
+    shown = {name: handle for axis in axes for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    names, handles = list(shown), list(shown.values())
     columns = max(1, min(len(names), 3, int(78 / (max(map(len, names), default=1) + 7))))
     figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(names) // columns))
     figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
