@@ -4,9 +4,14 @@ import math
 import random
 
 import pytest
+import torch
+from PIL import Image
 
 from vislora.errors import InputError
-from vislora.sweep.keep import Point, keep
+from vislora.metrics.backbones import Backbone
+from vislora.metrics.cache import Cache
+from vislora.metrics.transforms import Transform
+from vislora.sweep.keep import Point, fidelity, keep
 
 NOISE = (0.03, -0.02, 0.01, -0.03, 0.02, -0.01)  # of prompts, the same at every step: they differ among themselves
 
@@ -81,3 +86,32 @@ def test_one_prompt_has_no_error():
 def test_what_cannot_be_compared_is_refused(points, said):
     with pytest.raises(InputError, match=said):
         keep(points)
+
+
+class MeanColour(torch.nn.Module):
+    """Features that can be told by hand: the mean of red, green and blue in [0, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, batch):
+        return self.one * batch.mean((2, 3))
+
+
+def test_fidelity_is_the_mean_cosine_of_a_prompts_images_to_the_photos(tmp_path):
+    def image(name, *colour):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), colour).save(tmp_path / name)
+        return tmp_path / name
+
+    photos = [image("photos/a.png", 255, 0, 0), image("photos/b.png", 0, 255, 0)]
+    red, blue, yellow = (255, 0, 0), (0, 0, 255), (255, 255, 0)
+    for name, colour in {"00-00": red, "00-01": blue, "01-00": blue, "10-00": yellow}.items():
+        image(f"step-000300/{name}.png", *colour)
+    backbone = Backbone("dino", "mean colour", MeanColour(), Transform(8, mean=(0, 0, 0), std=(1, 1, 1)))
+    found = fidelity(tmp_path / "step-000300", photos, [0, 1, 10], backbone, Cache(None))
+    # Red: cosines 1 and 0; blue: 0 and 0; yellow: 1 / sqrt(2) to both.
+    assert found == pytest.approx(((0.5 + 0) / 2, 0, 1 / math.sqrt(2)), abs=1e-6)
+    with pytest.raises(InputError, match="has no image of prompt 2"):
+        fidelity(tmp_path / "step-000300", photos, [2], backbone, Cache(None))

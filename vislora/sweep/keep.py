@@ -5,8 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from vislora.errors import InputError
+from vislora.metrics import features
+from vislora.metrics.backbones import Backbone
+from vislora.metrics.cache import Cache
+from vislora.metrics.pictures import examine, listing
 
 
 @dataclass(frozen=True)
@@ -61,3 +66,21 @@ def _as_good(point: Point, best: Point) -> bool:
     n, mean = len(short), math.fsum(short) / len(short)
     error = math.sqrt(math.fsum((s - mean) ** 2 for s in short) / (n - 1) / n) if n > 1 else 0.0
     return mean <= error
+
+
+def fidelity(stage: Path, photos: Sequence[Path], prompts: Sequence[int], backbone: Backbone,
+             cache: Cache) -> tuple[float, ...]:  # fmt: skip
+    """Of a stage's validation images (samples/step-000300, files <prompt>-<seed>.png): for each of `prompts`, by
+    number, the mean cosine of its images' features to those of the subject's photos.
+
+    Raises InputError where a prompt has no images there.
+    """
+    real, drawn = examine(photos), examine(listing(stage))
+    features.embed([*real, *drawn], [backbone], cache)
+    of_photos, found = features.matrix(real, backbone, cache), []
+    for number in prompts:
+        own = [picture for picture in drawn if picture.path.stem.partition("-")[0] == f"{number:02d}"]
+        if not own:
+            raise InputError(str(stage), f"has no image of prompt {number}", "draw the same prompts at every step")
+        found.append(float((features.matrix(own, backbone, cache) @ of_photos.T).mean()))
+    return tuple(found)
