@@ -87,11 +87,14 @@ def _gpus() -> int:
 
 
 def environments(workers: int) -> list[dict[str, str]]:
-    """What each worker's processes see: one GPU, or their share of the cores."""
+    """What each worker's processes see: one GPU, or their share of the cores.
+
+    Threads that spin while they wait lose their cores' time to each other where anything else runs beside them.
+    """
     if gpus := _gpus():
         return [{"CUDA_VISIBLE_DEVICES": str(i % gpus)} for i in range(workers)]
     share = max(1, len(os.sched_getaffinity(0)) // workers)
-    return [{"OMP_NUM_THREADS": str(share), "OMP_WAIT_POLICY": "PASSIVE" if workers > 1 else "ACTIVE"}] * workers
+    return [{"OMP_NUM_THREADS": str(share), "OMP_WAIT_POLICY": "PASSIVE"}] * workers
 
 
 def work(plan: Plan, sweep: Path, runner: Runner, cells: list[Cell], shown: list[Cell], workers: int,
