@@ -3,6 +3,7 @@
     python eval/sweep.py --config configs/sweeps/figure6.yaml
     python eval/sweep.py --config configs/sweeps/figure6.yaml --dry_run
     python eval/sweep.py --config configs/sweeps/figure6.yaml --only method=nb_lora,seed=0
+    python eval/sweep.py --config configs/sweeps/figure6.yaml --report
 
 What the file holds is told in vislora/sweep/plan.py. Every run (a cell) is a process of its own in a folder that is
 named by its content, so that an interrupted sweep goes on where it was, a changed one runs what changed, and a failed
@@ -35,7 +36,11 @@ def main(argv: list[str]) -> None:
     sweep = Path(args.output_dir or f"runs/sweeps/{plan.name}")
     sweep.mkdir(parents=True, exist_ok=True)
     runner = Runner(plan, sweep, ROOT)
-    tuning = [cell for cell in plan.tuning_cells() if cell.matches(args.only)]
+    # Rows need their method's tuning, whatever subjects and seeds are asked for.
+    of_method = {name: value for name, value in args.only.items() if name == "method"}
+    tuning = [cell for cell in plan.tuning_cells() if cell.matches(of_method)]
+    if args.report:
+        return report(plan, sweep, tuning, args.only)
     if args.dry_run:
         return show(plan, sweep, [*tuning, *plan.cells({})], args.workers)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -49,7 +54,7 @@ def main(argv: list[str]) -> None:
         runner.stop()
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    print(f"\n{(sweep / 'table.md').read_text()}\nwritten to {sweep}")
+    report(plan, sweep, tuning, args.only)
     if failed:
         print(f"{len(failed)} cells failed: {'; '.join(failed[:5])}", file=sys.stderr)
         sys.exit(1)
@@ -60,8 +65,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="the sweep's YAML file")
     parser.add_argument("--output_dir", help="where cells and tables go (runs/sweeps/NAME)")
     parser.add_argument("--workers", type=int, help="cells at a time: one a GPU, or as many shares of the CPU's cores")
-    parser.add_argument("--only", default="", help="method=NAME,seed=0,...: these cells alone")
+    parser.add_argument("--only", default="", help="method=NAME,seed=0,...: these, and the tuning of their methods")
     parser.add_argument("--dry_run", action="store_true", help="list the cells and the time that is left")
+    parser.add_argument("--report", action="store_true", help="run nothing: tables, pictures and page of what is there")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
     pairs = [part.split("=", 1) for part in args.only.split(",") if part]
@@ -81,11 +87,14 @@ def _gpus() -> int:
 
 
 def environments(workers: int) -> list[dict[str, str]]:
-    """What each worker's processes see: one GPU, or their share of the cores."""
+    """What each worker's processes see: one GPU, or their share of the cores.
+
+    Threads that spin while they wait lose their cores' time to each other where anything else runs beside them.
+    """
     if gpus := _gpus():
         return [{"CUDA_VISIBLE_DEVICES": str(i % gpus)} for i in range(workers)]
     share = max(1, len(os.sched_getaffinity(0)) // workers)
-    return [{"OMP_NUM_THREADS": str(share), "OMP_WAIT_POLICY": "PASSIVE" if workers > 1 else "ACTIVE"}] * workers
+    return [{"OMP_NUM_THREADS": str(share), "OMP_WAIT_POLICY": "PASSIVE"}] * workers
 
 
 def work(plan: Plan, sweep: Path, runner: Runner, cells: list[Cell], shown: list[Cell], workers: int,
@@ -133,17 +142,38 @@ def _is_done(sweep: Path, cell: Cell) -> bool:
     return outcome is not None and outcome.ok
 
 
-def choices(plan: Plan, sweep: Path, tuning: list[Cell]) -> dict[str, dict[str, Any]]:
-    """For each method, the settings that its tuning runs chose; said, since the table rests on them."""
+def report(plan: Plan, sweep: Path, tuning: list[Cell], only: dict[str, str]) -> None:
+    """Tables, pictures and the page, from what has ended; of a method whose tuning is not done, no more than that."""
+    from vislora.sweep import draw, page  # half a second to import
+
+    chosen = choices(plan, sweep, tuning, partly=True)
+    cells = [*tuning, *(cell for cell in plan.cells(chosen) if cell.matches(only))]
+    found = table.rows(plan, sweep, cells)
+    table.write(plan, sweep, found, chosen)
+    drawn = draw.draw(plan, sweep, found)
+    written = page.write(plan, sweep, found, chosen, drawn, len(cells))
+    print(f"\n{(sweep / 'table.md').read_text()}\nwritten to {sweep}; look at {written}")
+
+
+def choices(plan: Plan, sweep: Path, tuning: list[Cell], partly: bool = False) -> dict[str, dict[str, Any]]:
+    """For each method, the settings that its tuning runs chose; said, since the table rests on them.
+
+    partly: pass over the methods that have none yet, which is an error otherwise.
+    """
     found, chosen = table.rows(plan, sweep, tuning), {}
     for setting in plan.tune:
         for method in {cell.method: None for cell in tuning if cell.tuning == setting.name}:
             value = table.choose(setting, found, method)
+            if value is None and partly:
+                continue
             if value is None:
                 wrong = f"no run of {method!r} gave {setting.by}"
                 raise InputError(f"tune, {setting.name}", wrong, "see the logs of its cells, mend, run again")
             chosen.setdefault(method, {})[setting.name] = value
-            print(f"{method}: {setting.name} = {value}, by {setting.by}")
+            if not partly:
+                tried = setting.values_for(method)
+                edge = len(tried) > 1 and value in (tried[0], tried[-1])
+                print(f"{method}: {setting.name} = {value}, by {setting.by}{' (at the end of its list)' * edge}")
     return chosen
 
 

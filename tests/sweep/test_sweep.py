@@ -153,6 +153,13 @@ def test_the_tuned_rate_is_chosen_for_each_method_on_other_seeds(sweep):
     assert sweep.table()["up",]["score"]["mean"] == 40.5
 
 
+def test_what_only_asks_for_has_its_methods_tuning(sweep):
+    tune = {"rate": {"values": [1, 4], "by": "score", "seeds": [7]}}
+    sweep.write(methods={"up": {}, "down": {"offset": 1}}, tune=tune, seeds=[0, 1])
+    assert sweep.run("--only", "method=up,seed=1")[1] == 0
+    assert [(r["rate"], r["seed"]) for r in sweep.runs()] == [(1, 7), (4, 7), (4, 1)]
+
+
 def test_dry_run_and_only(sweep):
     sweep.write(seeds=[0, 1], grid={"rate": [1, 2]})
     said, _ = sweep.run("--only", "rate=2,seed=1")

@@ -12,10 +12,14 @@
     factors: {learning_rate: [1e-3, 1e-2]}   # one at a time, the others as they stand
     tune:                                    # a setting chosen for each method, before the rest, by its mean `by`
       learning_rate: {values: [1e-3, 1e-2], by: validation_accuracy, goal: max, seeds: [100]}
+                                             # also subjects: {label: settings}, to choose on others than are reported
     evaluate: ["eval/forgetting.py --run {run}"]
     collect: {source: metrics.json:source_accuracy}   # a column of the table: file in the run, path in its JSON
+    title: Figure 6                          # of the page
+    pictures: {...}                          # see vislora/sweep/pictures.py
 
-In `grid`, `factors` and `tune` a setting may be {values: [...], methods: [labels]}, for methods that have it.
+In `grid`, `factors` and `tune` a setting may be {values: [...], methods: [labels]}, for methods that have it; in `tune`
+`values` may also be {label: [...]}, a list for each method that is tuned.
 """
 
 from __future__ import annotations
@@ -24,12 +28,14 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from vislora.config import read_yaml
 from vislora.errors import InputError, near
+from vislora.sweep import pictures
+from vislora.sweep.pictures import Picture
 
 Settings = dict[str, Any]
 
@@ -76,9 +82,14 @@ class Setting:
     by: str = ""
     goal: str = "max"
     seeds: list[int] = field(default_factory=list)
+    own: dict[str, list[Any]] = field(default_factory=dict)
+    subjects: dict[str | None, Settings] | None = None
 
     def is_for(self, method: str) -> bool:
         return self.methods is None or method in self.methods
+
+    def values_for(self, method: str) -> list[Any]:
+        return self.own.get(method, self.values)
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,8 @@ class Plan:
     tune: list[Setting]
     evaluate: list[str]
     collect: dict[str, str]
+    title: str = ""
+    pictures: list[Picture] = field(default_factory=list)
 
     def tuning_cells(self) -> list[Cell]:
         """The runs that `tune` needs: every value of every tuned setting, for each method that takes it."""
@@ -103,8 +116,10 @@ class Plan:
         for setting, (method, given) in itertools.product(self.tune, self.methods.items()):
             if not setting.is_for(method):
                 continue
-            for value, subject, seed in itertools.product(setting.values, self.subjects, setting.seeds):
-                cells.append(self._cell(method, given, subject, seed, {setting.name: value}, {}, setting.name))
+            subjects = setting.subjects or self.subjects
+            for value, subject, seed in itertools.product(setting.values_for(method), subjects, setting.seeds):
+                who = (method, given, subject, subjects[subject], seed)
+                cells.append(self._cell(*who, {setting.name: value}, {}, setting.name))
         return cells
 
     def cells(self, chosen: Mapping[str, Settings]) -> list[Cell]:
@@ -113,7 +128,8 @@ class Plan:
         for method, given in self.methods.items():
             for varied in self._points(method):
                 for subject, seed in itertools.product(self.subjects, self.seeds):
-                    cells.append(self._cell(method, given, subject, seed, varied, chosen.get(method, {}), None))
+                    who = (method, given, subject, self.subjects[subject], seed)
+                    cells.append(self._cell(*who, varied, chosen.get(method, {}), None))
         return cells
 
     def _points(self, method: str) -> list[Settings]:
@@ -123,15 +139,16 @@ class Plan:
         single = [{s.name: value} for s in self.factors if s.is_for(method) for value in s.values]
         return product + [{**point, **one} for point in product for one in single]
 
-    def _cell(self, method: str, given: Settings, subject: str | None, seed: int, varied: Settings, chosen: Settings,
-              tuning: str | None) -> Cell:  # fmt: skip
-        settings = {**self.fixed, **self.subjects[subject], **given, **chosen, **varied, "seed": seed}
+    def _cell(self, method: str, given: Settings, subject: str | None, about: Settings, seed: int, varied: Settings,
+              chosen: Settings, tuning: str | None) -> Cell:  # fmt: skip
+        settings = {**self.fixed, **about, **given, **chosen, **varied, "seed": seed}
         content = json.dumps([self.script, settings, self.evaluate], sort_keys=True, default=str)
         key = hashlib.sha256(content.encode()).hexdigest()[:10]
         return Cell(method, subject, seed, varied, settings, key, tuning)
 
 
-_KEYS = ("script", "fixed", "methods", "subjects", "seeds", "grid", "factors", "tune", "evaluate", "collect")
+_KEYS = ("script", "fixed", "methods", "subjects", "seeds", "grid", "factors", "tune", "evaluate", "collect",
+         "title", "pictures")  # fmt: skip
 
 
 def read(file: str | Path) -> Plan:
@@ -150,7 +167,11 @@ def read(file: str | Path) -> Plan:
         Path(file).stem, str(raw["script"]), dict(raw.get("fixed") or {}), methods, subjects or {None: {}}, seeds,
         *(_settings(raw.get(part), f"{name}, {part}", methods) for part in ("grid", "factors", "tune")),
         evaluate=_list(raw.get("evaluate") or [], f"{name}, evaluate", str), collect=dict(raw["collect"]),
+        title=str(raw.get("title") or ""),
     )  # fmt: skip
+    names = [setting.name for setting in (*plan.grid, *plan.factors)]
+    shown = pictures.read(raw.get("pictures") or {}, f"{name}, pictures", methods, plan.collect, names)
+    plan = replace(plan, pictures=shown)
     for setting in plan.tune:
         if setting.by not in plan.collect or setting.goal not in ("max", "min") or not setting.seeds:
             wrong = f"by={setting.by!r}, goal={setting.goal!r}, seeds={setting.seeds}"
@@ -171,6 +192,14 @@ def _mappings(given: Any, where: str) -> dict[str, Settings]:
     return {str(label): dict(settings or {}) for label, settings in given.items()}
 
 
+def _plain(value: Any) -> Any:
+    """2e-4 as the number that it means: YAML 1.1 takes it for a word, for want of a point."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def _list(given: Any, where: str, kind: type) -> list:
     if not isinstance(given, Sequence) or isinstance(given, str) or not all(isinstance(v, kind) for v in given):
         raise InputError(where, f"is {given!r}", f"give a list of {kind.__name__}")
@@ -182,12 +211,19 @@ def _settings(given: Any, where: str, methods: Mapping[str, Settings]) -> list[S
     for name, value in (given or {}).items():
         parts = dict(value) if isinstance(value, Mapping) else {"values": value}
         values = parts.pop("values", None)
-        unknown = sorted(set(parts) - {"methods", "by", "goal", "seeds"})
+        unknown = sorted(set(parts) - {"methods", "by", "goal", "seeds", "subjects"})
+        if isinstance(values, Mapping) and values and "by" in parts and "methods" not in parts:
+            parts |= {"own": {str(label): _list(own, f"{where}, {name}", object) for label, own in values.items()},
+                      "methods": [str(label) for label in values]}  # fmt: skip
+            values = list(dict.fromkeys(value for own in parts["own"].values() for value in own))
+        if "subjects" in parts:
+            parts["subjects"] = _mappings(parts["subjects"], f"{where}, {name}, subjects")
         if not isinstance(values, list) or not values or unknown:
             remedy = "give a list of values, or {values: [...], methods: [...]}"
             raise InputError(f"{where}, {name}", f"is {value!r}", remedy)
         for label in parts.get("methods") or []:
             if label not in methods:
                 raise InputError(f"{where}, {name}", f"no method {label!r}{near(label, methods)}", "take a label above")
-        found.append(Setting(name, values, **parts))
+        parts["own"] = {label: list(map(_plain, own)) for label, own in parts.get("own", {}).items()}
+        found.append(Setting(name, list(map(_plain, values)), **parts))
     return found

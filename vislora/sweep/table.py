@@ -76,16 +76,17 @@ def groups(plan: Plan, found: Sequence[Row]) -> list[Group]:
             keyed.setdefault((row.cell.method, json.dumps(row.cell.varied)), []).append(row)
     out = []
     for (method, _), members in keyed.items():
-        means = {column: _over_seeds(members, column) for column in plan.collect}
+        means = {c: over_seeds([(row.cell.seed, row.values[c]) for row in members]) for c in plan.collect}
         out.append(Group(method, members[0].cell.varied, means, sum(bool(row.failure) for row in members)))
     return out
 
 
-def _over_seeds(members: Sequence[Row], column: str) -> Mean | None:
+def over_seeds(values: Iterable[tuple[int, float | None]]) -> Mean | None:
+    """Over seeds, of the means within each; values: (seed, number or None). None where there is no number."""
     by_seed: dict[int, list[float]] = {}
-    for row in members:
-        if row.values[column] is not None:
-            by_seed.setdefault(row.cell.seed, []).append(row.values[column])
+    for seed, value in values:
+        if value is not None:
+            by_seed.setdefault(seed, []).append(value)
     return interval([math.fsum(v) / len(v) for v in by_seed.values()]) if by_seed else None
 
 
@@ -98,14 +99,14 @@ def choose(setting: Setting, found: Sequence[Row], method: str) -> Any:
     for row in found:
         score = row.values[setting.by]
         if row.cell.tuning == setting.name and row.cell.method == method and score is not None:
-            index = setting.values.index(row.cell.varied[setting.name])
+            index = setting.values_for(method).index(row.cell.varied[setting.name])
             scores.setdefault(index, {})[row.cell.subject, row.cell.seed] = score
     shared = set.intersection(*(set(by) for by in scores.values())) if scores else set()
     if not shared:
         return None
     sign = 1 if setting.goal == "max" else -1
     means = {index: sign * math.fsum(by[k] for k in sorted(shared, key=str)) for index, by in sorted(scores.items())}
-    return setting.values[max(means, key=means.__getitem__)]
+    return setting.values_for(method)[max(means, key=means.__getitem__)]
 
 
 def write(plan: Plan, sweep: Path, found: Sequence[Row], chosen: dict[str, dict[str, Any]]) -> list[Path]:
@@ -120,6 +121,7 @@ def write(plan: Plan, sweep: Path, found: Sequence[Row], chosen: dict[str, dict[
             own = [row.cell.method, row.cell.subject, row.cell.seed, *(row.cell.varied.get(n, "") for n in varied)]
             out.writerow([*own, row.cell.tuning or "", *(row.values[c] for c in columns), row.seconds, row.failure])
     table = groups(plan, found)
+    varied = list(dict.fromkeys(name for group in table for name in group.varied))
     with paths[1].open("w", newline="") as file:
         out = csv.writer(file)
         out.writerow(["method", *varied, *(f"{c}{end}" for c in columns for end in ("", "_half")), "seeds", "failed"])
@@ -147,11 +149,12 @@ def markdown(table: Sequence[Group], varied: Sequence[str], columns: Sequence[st
     for group in table:
         own = [group.method + (f" ({group.failed} failed)" if group.failed else "")]
         own += [str(group.varied.get(name, "")) for name in varied]
-        lines.append("| " + " | ".join([*own, *(_cell(group.means[c]) for c in columns)]) + " |")
+        lines.append("| " + " | ".join([*own, *(number(group.means[c]) for c in columns)]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(mean: Mean | None) -> str:
+def number(mean: Mean | None) -> str:
+    """A mean as the tables show it; empty where there is none."""
     if mean is None:
         return ""
     return f"{mean.value:.4g}" if math.isnan(mean.half) else f"{mean.value:.4g} ± {mean.half:.2g}"

@@ -1,0 +1,103 @@
+"""One HTML page of a sweep: its table, pictures and choices, self-contained, for any width of screen."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from datetime import datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from vislora.formats.disk import write_bytes
+from vislora.sweep.draw import Drawn
+from vislora.sweep.pictures import Images
+from vislora.sweep.plan import Plan
+from vislora.sweep.table import Row, groups, number
+
+STYLE = """
+:root { color-scheme: light }
+body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 60rem; color: #1a1a1a }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2rem 0 .4rem }
+.wide { overflow-x: auto; border: 1px solid #ddd; border-radius: 4px }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #eee }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff }
+td small { color: #666 }
+figure { margin: 0 } figure img { display: block; width: 100%; max-width: 44rem; height: auto }
+.wide img { width: auto; max-width: none; min-width: 100% }
+.note, figcaption { color: #555; font-size: .9rem; margin: .3rem 0 }
+.failed { color: #a00 }
+"""
+
+
+def write(plan: Plan, sweep: Path, found: Sequence[Row], chosen: dict[str, dict[str, Any]], drawn: Sequence[Drawn],
+          expected: int) -> Path:  # fmt: skip
+    """Write `sweep`/index.html and return its path. expected: how many cells the whole sweep has, tuning included."""
+    failed = [row for row in found if row.failure]
+    title = escape(plan.title or plan.name)
+    parts = [
+        "<!doctype html>", '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{title}</title><style>{STYLE}</style></head><body>", f"<h1>{title}</h1>",
+        f'<p class="note">{len(found) - len(failed)} of {expected} runs done, {len(failed)} failed; seeds '
+        f"{', '.join(map(str, plan.seeds))}; {datetime.now():%Y-%m-%d %H:%M}.</p>",
+        "<h2>Table</h2>", _table(plan, found),
+    ]  # fmt: skip
+    for one in drawn:
+        parts += _figure(one)
+    parts += [*_choices(chosen), *_failures(failed), "</body></html>\n"]
+    path = sweep / "index.html"
+    write_bytes(path, "\n".join(parts).encode())
+    return path
+
+
+def _table(plan: Plan, found: Sequence[Row]) -> str:
+    table = groups(plan, found)
+    if not table:
+        return '<p class="note">No run of the table has ended yet.</p>'
+    varied = list(dict.fromkeys(name for group in table for name in group.varied))
+    head = "".join(f"<th>{escape(str(word))}</th>" for word in ("method", *varied, *plan.collect))
+    body = []
+    for group in table:
+        label = escape(group.method) + (f' <small class="failed">{group.failed} failed</small>' if group.failed else "")
+        own = "".join(f"<td>{escape(str(group.varied.get(name, '')))}</td>" for name in varied)
+        means = "".join(f"<td>{_mean(group.means[column])}</td>" for column in plan.collect)
+        body.append(f"<tr><td>{label}</td>{own}{means}</tr>")
+    note = "Means over seeds of means over subjects; ± is the half width of the 95 % t interval over seeds."
+    return (f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+            f'<p class="note">{note} Also in table.csv, table.json and, run by run, cells.csv.</p>')  # fmt: skip
+
+
+def _mean(mean) -> str:
+    value, _, half = number(mean).partition(" ± ")
+    return f"{value} <small>±{half}</small>" if half else value
+
+
+def _figure(one: Drawn) -> list[str]:
+    picture = one.picture
+    title = escape(picture.title or picture.name.replace("_", " "))
+    about = f'<p class="note">{escape(picture.about)}</p>' if picture.about else ""
+    if one.png is None or one.csv is None:
+        return [f"<h2>{title}</h2>", about, '<p class="note">Nothing that it shows has ended yet.</p>']
+    image = f'<img alt="{title}" src="data:image/png;base64,{base64.b64encode(one.png.read_bytes()).decode()}">'
+    if isinstance(picture, Images):
+        image = f'<div class="wide">{image}</div>'
+    data = base64.b64encode(one.csv.read_bytes()).decode()
+    link = f'<a download="{one.csv.name}" href="data:text/csv;base64,{data}">{one.csv.name}</a>'
+    return [f"<h2>{title}</h2>", about, f"<figure>{image}<figcaption>The numbers: {link}</figcaption></figure>"]
+
+
+def _choices(chosen: dict[str, dict[str, Any]]) -> list[str]:
+    if not chosen:
+        return []
+    said = {method: ", ".join(f"{name} = {value}" for name, value in own.items()) for method, own in chosen.items()}
+    rows = "".join(f"<tr><td>{escape(method)}</td><td>{escape(words)}</td></tr>" for method, words in said.items())
+    return ["<h2>What tuning chose</h2>", f'<div class="wide"><table><tbody>{rows}</tbody></table></div>']
+
+
+def _failures(failed: Sequence[Row]) -> list[str]:
+    if not failed:
+        return []
+    rows = "".join(f"<li>{escape(row.cell.label)}: {escape(row.failure)}</li>" for row in failed)
+    return ["<h2>Runs that failed</h2>", f'<ul class="failed">{rows}</ul>']
