@@ -10,7 +10,8 @@ from script_runs import photograph
 import vislora
 from vislora import config, probe
 from vislora.adapters import get
-from vislora.diffusion import conditioning, loss, models
+from vislora.diffusion import conditioning, models
+from vislora.diffusion.dataset import instance_set
 from vislora.diffusion.options import DreamBoothOptions
 from vislora.spectrum import source, table
 from vislora.spectrum.gradients import computer
@@ -53,19 +54,19 @@ def test_cosines_at_a_checkpoint(run, folder, tmp_path):
     adapter = vislora.attach({"unet": by_hand.unet}, get("sorsa")(rank=2),
                              targets={"unet": ("attn2.to_q", "attn2.to_v")})  # fmt: skip
     adapter.load_tensors(checkpoint.load(run.checkpoints / "checkpoint-2").tensors["adapter"])
-    from vislora.diffusion.dataset import instance_set
-
     options = DreamBoothOptions(instance_data_dir=str(tmp_path / "photos"), instance_prompt="a b")
     photos = instance_set(options, 32)
     photos.use(by_hand, False)
     by_hand.unet.train()
 
     def backward():  # four samples at once are two batches of two
-        latents, prompts = photos.draw(0, 4, by_hand.device)
-        embeddings = conditioning.encode(by_hand, conditioning.tokenize(by_hand, prompts))
-        streams = [generator(0, "probe noise", q) for q in range(4)]
-        predict = loss.denoiser(by_hand.unet, by_hand.dtype)
-        loss.noise_prediction_loss(predict, by_hand.scheduler, latents, embeddings, streams)["total"].backward()
+        batch = photos.draw(0, 4, by_hand.device)
+        told = conditioning.encode(by_hand, conditioning.tokenize(by_hand, batch.prompts))
+        streams = [generator(0, "noise", q) for q in range(4)]
+        steps = torch.stack([torch.randint(1000, (), generator=g) for g in streams])
+        noise = torch.stack([torch.randn(batch.latents[0].shape, generator=g) for g in streams])
+        noisy = by_hand.scheduler.add_noise(batch.latents, noise, steps)
+        (by_hand.predict(by_hand.unet, noisy, steps, told) - noise).square().mean().backward()
 
     expected = probe.cosines(adapter, backward)
     assert {row["layer"]: row["cosine"] for row in rows if row["step"] == 2} == pytest.approx(expected, abs=1e-4)

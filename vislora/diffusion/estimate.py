@@ -23,19 +23,22 @@ from vislora.training.memory import held_by, optimizer_state, peak_of
 @dataclass(frozen=True)
 class Estimate:
     """Bytes of tensors on the device: `models` with what trains, kept all along; `optimizer`'s state and an average;
-    and what each phase needs on top of `models`, the step's on top of the optimizer too."""
+    and what each phase needs on top of `models`, the step's on top of the optimizer too. `copy`: of `models`, the
+    base's own values, which full fine-tuning keeps beside those that it trains."""
 
     models: int
     optimizer: int
     phases: dict[str, int]
+    copy: int = 0
 
     def __str__(self) -> str:
         parts = {name: self.models + more + (self.optimizer if name == _STEP else 0)
                  for name, more in self.phases.items()}  # fmt: skip
         worst = max(parts, key=parts.get)
         phases = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items())
-        return (f"memory: {_mib(parts[worst])} at its peak, while {worst}: {_mib(self.models)} of models and adapter, "
-                f"{_mib(self.optimizer)} of optimizer state, the rest activations and gradients ({phases}); "
+        copy = f" ({_mib(self.copy)} of the base's values)" if self.copy else ""
+        return (f"memory: {_mib(parts[worst])} at its peak, while {worst}: {_mib(self.models)} of models and adapter"
+                f"{copy}, {_mib(self.optimizer)} of optimizer state, the rest activations and gradients ({phases}); "
                 "Python, libraries and the kernels' own workspaces come on top")  # fmt: skip
 
     @property
@@ -79,14 +82,15 @@ def estimate(
 ) -> Estimate:
     """Count a step of the run that the options describe, the encoding of its photos and the drawing of its images.
 
-    The adapter must be attached and not yet trained. Afterwards the denoiser is as prepared for a run: use it for none.
+    The adapter must be attached and not yet trained; one that trains nothing has no step. Afterwards the denoiser is as prepared for a run: use it for none.
     """
     o, side = options, options.resolution or models.resolution
     trained = models.family.clip if o.train_text_encoder else ()
-    optimizer = optim.from_options(o, adapter, dict.fromkeys(trained, o.text_encoder_lr))
-    adapter.bind(optimizer, 1)
-    state = optimizer_state(optimizer)
-    parameters = list(adapter.parameters())
+    parameters, state = list(adapter.parameters()), 0
+    if parameters:
+        optimizer = optim.from_options(o, adapter, dict.fromkeys(trained, o.text_encoder_lr))
+        adapter.bind(optimizer, 1)
+        state = optimizer_state(optimizer)
     size = sum(p.nbytes for p in parameters)
     state += size if o.use_ema else 0
     checkpoint_activations(o, models)
@@ -115,14 +119,15 @@ def estimate(
         latents = torch.empty(_latents(models, o.sample_batch_size, side), device=models.device)
         coding.decode(models.vae, latents)
 
-    phases = {_STEP: peak_of(step) + (size if o.gradient_accumulation_steps > 1 else 0),
-              "encoding photos": peak_of(encode)}  # fmt: skip
+    phases = {"encoding photos": peak_of(encode)}
+    if parameters:
+        phases[_STEP] = peak_of(step) + (size if o.gradient_accumulation_steps > 1 else 0)
     if o.validation_prompt or o.class_images():
         phases["drawing images"] = peak_of(draw)
     for module in (network, *encoders.values()):
         module.eval()
     parts = [part for part in models.parts.values() if isinstance(part, torch.nn.Module)]
-    return Estimate(held_by(parts), state, phases)
+    return Estimate(held_by(parts) + adapter.base_copy, state, phases, adapter.base_copy)
 
 
 def _latents(models: DiffusionModels, count: int, side: int) -> tuple[int, ...]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import vislora
 
 from .. import adapters, config, io, probe
 from ..adapter import Adapter
-from ..diffusion import conditioning, loss, models
+from ..diffusion import models, objective
+from ..diffusion.base import facts_of
+from ..diffusion.conditioning import EmbeddingCache
 from ..diffusion.dataset import instance_set
+from ..diffusion.denoising import Denoising
 from ..diffusion.options import DreamBoothOptions
 from ..errors import InputError
-from ..training.random import generator
 from ..training.run import RunFolder
 from .source import Point
 
@@ -31,44 +34,45 @@ class Task:
             DreamBoothOptions, ["--config", str(run.config_file)], prog="spectrum.py", description="",
             methods={word: adapters.get(word) for word in vislora.methods()},
         )  # fmt: skip
-        self.batches, self.adapter = batches, None
-        self.models = models.load(self.options.pretrained_model_name_or_path, self.options.revision,
-                                  self.options.variant)  # fmt: skip
-        resolution = self.options.resolution or self.models.resolution
-        self.photos = instance_set(self.options, resolution)
+        self.batches, self.adapter, self.denoising = batches, None, None
+        o = self.options
+        self.models = models.load(
+            o.pretrained_model_name_or_path, o.revision, o.variant, guidance=o.guidance_scale,
+            sequence=o.max_sequence_length, noise=objective.schedule_changes(o), quantization=o.base_quantization,
+        )  # fmt: skip
+        facts = facts_of(o.pretrained_model_name_or_path, o.revision)
+        self.photos = instance_set(o, objective.require_fit(o, facts))
         self.photos.use(self.models, False)
-        self.predict = loss.denoiser(self.models.unet, self.models.dtype)
 
     def cosines(self, point: Point) -> dict[str, float]:
         """{site: cosine} of the mean gradient over the batches, the adapter as it was after the point's step."""
         if self.adapter is None:
             self.adapter = self._attach()
         self.adapter.load_tensors(io.read(point.file)[0])
-        self.models.unet.train()
+        self.models.denoiser.train()
         try:
             return probe.cosines(self.adapter, self._backward, self.batches)
         finally:
-            self.models.unet.eval()
+            self.models.denoiser.eval()
 
     def _attach(self) -> Adapter:
-        o, parts = self.options, {"unet": self.models.unet}
-        targets = {"unet": o.target_words()}
-        if o.train_text_encoder:
-            parts["text_encoder"], targets["text_encoder"] = self.models.text_encoder, None
-        return vislora.attach(parts, self.method, targets=targets, seed=o.seed)
+        """The adapter on what the run trained, and the run's loss, of its photos alone."""
+        o, family = replace(self.options, with_prior_preservation=False), self.models.family
+        embeddings = EmbeddingCache(self.models, self.photos.texts())
+        trained = family.clip if o.train_text_encoder else ()
+        targets = {family.denoiser: o.target_words(), **dict.fromkeys(trained)}
+        parts = {name: self.models.parts[name] for name in targets}
+        adapter = vislora.attach(parts, self.method, targets=targets, seed=o.seed)
+        encoders = {name: self.models.parts[name] for name in trained}
+        self.denoising = Denoising(
+            o, self.models, adapter, self.photos, None, embeddings, self.models.denoiser, encoders
+        )
+        return adapter
 
     def _backward(self) -> None:
-        o = self.options
         for batch in range(self.batches):
-            positions = range(batch * o.train_batch_size, (batch + 1) * o.train_batch_size)
-            latents, prompts = self.photos.draw(positions.start, len(positions), self.models.device)
-            ids = conditioning.tokenize(self.models, prompts)
-            embeddings = conditioning.encode(self.models, ids, grad=o.train_text_encoder)
-            streams = [generator(o.seed, "probe noise", q) for q in positions]
-            terms = loss.noise_prediction_loss(
-                self.predict, self.models.scheduler, latents, embeddings, streams, snr_gamma=o.snr_gamma
-            )
-            (terms["total"] / self.batches).backward()
+            total = self.denoising.losses(batch * self.options.train_batch_size)["total"]
+            (total / self.batches).backward()
 
 
 def computer(run: RunFolder | None, batches: int) -> Callable[[Point], dict[str, float]]:
