@@ -82,7 +82,8 @@ def estimate(
 ) -> Estimate:
     """Count a step of the run that the options describe, the encoding of its photos and the drawing of its images.
 
-    The adapter must be attached and not yet trained; one that trains nothing has no step. Afterwards the denoiser is as prepared for a run: use it for none.
+    The adapter must be attached and not yet trained; one that trains nothing has no step. Afterwards the denoiser is as
+    prepared for a run: use it for none.
     """
     o, side = options, options.resolution or models.resolution
     trained = models.family.clip if o.train_text_encoder else ()
