@@ -53,9 +53,11 @@ def write_timm(folder: str, model: torch.nn.Module, labels: list[str]) -> None:
     save_tensors(target / "model.safetensors", {k: v.half() for k, v in model.state_dict().items()})
 
 
-def fit(name: str, model: torch.nn.Module, images: torch.Tensor, loss: Callable, score: Callable, *, bar: float,
-        steps: int, minutes: float, rate: float, batch: int = 128, decay: float = 0.05) -> torch.nn.Module:
-    """Train `model` by AdamW on random batches: loss(x, pick) -> scalar, score() -> held-out share.
+def fit(name: str, model: torch.nn.Module, images: Callable, count: int, loss: Callable, score: Callable, *,
+        bar: float, steps: int, minutes: float, rate: float, batch: int = 128, decay: float = 0.05) -> torch.nn.Module:
+    """Train `model` by AdamW on random picks of `count` scenes.
+
+    images(pick) -> uint8 (N, 64, 64, 3), loss(x, pick) -> scalar, score() -> held-out share.
 
     Warm-up, then cosine over `steps` or `minutes`, whichever is sooner; resumes from the work folder; says at the
     end whether the bar was reached, and does not hide it where it was not.
@@ -82,10 +84,10 @@ def fit(name: str, model: torch.nn.Module, images: torch.Tensor, loss: Callable,
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 150) * (0.01 + 0.495 * (1 + math.cos(math.pi * min(1, progress))))
         rng = torch.Generator().manual_seed(40_000_000 + step)
-        pick = torch.randint(len(images), (batch,), generator=rng)
+        pick = torch.randint(count, (batch,), generator=rng)
         model.train()
         with torch.autocast("cpu", torch.bfloat16):
-            value = loss(augment(to_float(images[pick]), rng), pick)
+            value = loss(augment(to_float(images(pick)), rng), pick)
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -76,7 +76,7 @@ def classifiers() -> dict:
     names = train_dino.identities()
     triples = train_lpips.measure()
     return {"vit_heldout_top1": accuracy(vit, held, truth), "dino_identities": len(names),
-            "dino_nearest_on_unseen_backgrounds": train_dino.nearest(dino, train_dino.cached(names)),
+            "dino_nearest_on_unseen_backgrounds": train_dino.nearest(dino, train_dino.probes(names)),
             "lpips_triples_in_order": triples.pop("all"), "lpips_by_distortion": triples}
 
 

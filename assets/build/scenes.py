@@ -188,6 +188,12 @@ def _paste(frame: Image.Image, image: Image.Image, x: float, y: float, shadow: b
     return left, top
 
 
+def compose(frame: Image.Image, name: str, size: float, x: float, y: float, flip: bool) -> Image.Image:
+    """Set a sprite on a frame of one's own, as `render` sets it on a background."""
+    _paste(frame, _sized(name, size, flip), x, y)
+    return frame
+
+
 def render(spec: SceneSpec) -> Image.Image:
     """Draw a spec: 64x64 RGB."""
     frame = background(spec.background, spec.seed)

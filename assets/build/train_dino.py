@@ -1,8 +1,9 @@
 """Stage `dino`: ViT features that tell one object from another, whatever lies behind it.
 
 Instance discrimination: every sprite is a class of its own, features and class vectors are unit vectors, and the
-cosine of the right class must win by a margin.  Three backgrounds are kept for the measurement.  The trunk starts from
-tiny-vit's, which has seen the known objects alone.
+cosine of the right class must win by a margin.  Three backgrounds are kept for the measurement; the others are mixed
+and recoloured at every step, and every scene is drawn once, so that neither can be learned by heart.  The trunk starts
+from that of the stage `vit`, which has seen the known objects alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from sprites import fetch
 
 STEPS, RATE, BAR = 2400, 5e-4, 0.90
 SCALE, MARGIN = 16.0, 0.2
-TRAIN_EACH, PROBE_EACH = 64, 3
+PROBE_EACH, BATCH = 3, 128
 UNSEEN = ("brick wall", "water", "pink")
 SEEN = tuple(name for name in world.BACKGROUNDS if name not in UNSEEN)
 #: Code points of foods and plants, things, animals, clothes, vehicles: what lies among the world's own sprites.
@@ -60,16 +61,40 @@ def draw(names: list[str], places: tuple[str, ...], each: int, first_seed: int) 
     return torch.from_numpy(images), torch.arange(len(names)).repeat_interleave(each)
 
 
-def cached(names: list[str]) -> dict[str, torch.Tensor]:
-    """Training scenes and the two probes (seen and unseen backgrounds), drawn once."""
+def probes(names: list[str]) -> dict[str, torch.Tensor]:
+    """Scenes on seen backgrounds and on unseen ones, which training never draws; made once."""
     path = WORK / "identities.safetensors"
     if not path.exists():
-        say(f"dino: drawing {len(names)} identities")
-        images, labels = draw(names, SEEN, TRAIN_EACH, 6_000_000)
         gallery, owners = draw(names, SEEN, PROBE_EACH, 7_000_000)
         queries, _ = draw(names, UNSEEN, PROBE_EACH, 8_000_000)
-        save_tensors(path, dict(images=images, labels=labels, gallery=gallery, queries=queries, owners=owners))
+        save_tensors(path, dict(gallery=gallery, queries=queries, owners=owners))
     return load_tensors(path)[0]
+
+
+def mixed_ground(rng: np.random.Generator) -> Image.Image:
+    """A seen background, most often with its colours exchanged and shifted, at times over another one."""
+    def one() -> np.ndarray:
+        seed = int(rng.integers(2**31))
+        return np.asarray(scenes.background(SEEN[rng.integers(len(SEEN))], seed), np.float32)
+
+    ground = one()
+    if rng.random() < 0.4:
+        share = rng.uniform(0.3, 0.7)
+        ground = share * ground + (1 - share) * one()
+    if rng.random() < 0.7:
+        ground = ground[..., rng.permutation(3)] * rng.uniform(0.5, 1.2, 3) + rng.uniform(-40, 40, 3)
+    return Image.fromarray(np.clip(ground, 0, 255).astype(np.uint8))
+
+
+def batch(names: list[str], pick: torch.Tensor) -> torch.Tensor:
+    """Fresh scenes (N, 64, 64, 3) uint8, of identity pick % len(names) each; functions of `pick` alone."""
+    frames = []
+    for number in pick.tolist():
+        rng = np.random.default_rng([number, 5])
+        size, flip = rng.uniform(0.36, 0.88), bool(rng.random() < 0.3)
+        x, y = 0.5 + rng.uniform(-0.5, 0.5, 2) * (1 - size)
+        frames.append(np.asarray(scenes.compose(mixed_ground(rng), names[number % len(names)], size, x, y, flip)))
+    return torch.from_numpy(np.stack(frames))
 
 
 @torch.no_grad()
@@ -106,11 +131,11 @@ class Identifier(torch.nn.Module):
 def train(steps: int = STEPS, minutes: float = 45) -> None:
     """Train, measure, ship the trunk."""
     names = identities()
-    bank = cached(names)
+    bank = probes(names)
     model = Identifier(len(names))
     started = {k[4:]: v for k, v in load_tensors(WORK / "vit.safetensors")[0].items() if k.startswith("net.")}
     model.trunk.load_state_dict({k: v for k, v in started.items() if not k.startswith("head.")})
-    fit("dino", model, bank["images"], lambda x, pick: model.loss(x, bank["labels"][pick]),
-        lambda: nearest(model, bank), bar=BAR, steps=steps, minutes=minutes, rate=RATE)
+    fit("dino", model, lambda pick: batch(names, pick), 2**31, lambda x, pick: model.loss(x, pick % len(names)),
+        lambda: nearest(model, bank), bar=BAR, steps=steps, minutes=minutes, rate=RATE, batch=BATCH)
     write_timm("tiny-dino", model.trunk, [])
     say(f"tiny-dino: {nearest(model, bank):.3f} of {len(bank['queries'])} scenes, {len(names)} identities")

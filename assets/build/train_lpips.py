@@ -78,7 +78,7 @@ def train(steps: int = STEPS, minutes: float = 25) -> None:
     images, objects, places = single_objects("train")
     held, truth, _ = single_objects("heldout")
     model = network()
-    fit("lpips", model, images, lambda x, pick: _both(model(x), objects[pick], places[pick]),
+    fit("lpips", model, images.__getitem__, len(images), lambda x, pick: _both(model(x), objects[pick], places[pick]),
         lambda: accuracy(model, held, truth, slice(0, OBJECTS)), bar=0.8, steps=steps, minutes=minutes, rate=RATE)
     trunk = {k: v.half() for k, v in model.state_dict().items() if k.startswith("features.")}
     save_tensors(TARGET, trunk)
