@@ -1,7 +1,8 @@
 """Build the embedded world:  python assets/build/build.py STAGE [--option value]
 
 Stages, in order: sprites, vae, latents, unet, decoder, clip, export, vit, letters, dino, lpips, tasks, llama,
-measure; `all` runs every one.  `adopt` takes the shipped tiny-sd into an empty work folder, so that `vae` and `unet` go on from it.
+measure; `all` runs every one.  `adopt` takes the shipped tiny-sd into an empty work folder, so that `vae` and `unet`
+go on from it.
 Each stage keeps its state in ~/.cache/vislora/world (or $VISLORA_WORLD_WORK) as safetensors and JSON, and goes on
 from there when it is run again.
 """
