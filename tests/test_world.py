@@ -133,3 +133,54 @@ def test_tiny_sd_draws_what_it_is_asked_for(clip):
     drawn = measure.sample(texts)
     for i, kind, bar in ((0, "object", 0.6), (1, "background", 0.85)):
         assert measure.share(measure.named(model, tokens, drawn, kind), [pair[i] for pair in wanted]) >= bar
+
+
+def pixels(images) -> torch.Tensor:
+    """PIL images as (N, 3, 64, 64) in [-1, 1]."""
+    stacked = np.stack([np.asarray(image.convert("RGB"), np.float32) for image in images])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def test_tiny_vit_names_the_objects_of_the_source_task():
+    import timm
+
+    from vislora.vision import data
+
+    objects = data.load(str(WORLD / "objects"), "validation")
+    assert objects.classes == tuple(world.OBJECTS) and len(objects) == 20 * len(world.OBJECTS)
+    assert len(data.load(str(WORLD / "digits"), "train")) == 3000 and size(WORLD / "digits") < 4e6
+    model = timm.create_model(f"local-dir:{WORLD / 'tiny-vit'}", pretrained=True).eval()
+    picked = range(0, len(objects), 8)
+    with torch.no_grad():
+        found = model(pixels([objects.read(i) for i in picked])).argmax(1)
+    assert (found == torch.tensor([objects.labels[i] for i in picked])).float().mean() >= 0.9  # the builder's bar
+    assert size(WORLD / "tiny-vit") < 8e6
+
+
+def test_tiny_dino_tells_the_subjects_apart():
+    """Photos of one subject are nearer to each other than to another subject's, nearly always."""
+    from PIL import Image
+
+    from vislora.metrics import backbones
+
+    photos = [[Image.open(f) for f in sorted((WORLD / "subjects" / name).glob("*.png"))] for name in world.SUBJECTS]
+    network = backbones.dino("s16", "full")
+    features = torch.stack([network.images(pixels(five)) for five in photos])
+    alike = torch.einsum("apd,bqd->abpq", features, features)
+    own = torch.stack([alike[i, i][~torch.eye(5, dtype=torch.bool)] for i in range(len(photos))])
+    others = torch.stack([alike[i, j].flatten() for i in range(len(photos)) for j in range(len(photos)) if i != j])
+    assert own.mean() > others.mean() + 0.4
+    nearest = [max((alike[i, j, p, q].item(), i == j) for j in range(len(photos)) for q in range(5) if (i, p) != (j, q))
+               for i in range(len(photos)) for p in range(5)]  # fmt: skip
+    assert sum(same for _, same in nearest) >= 0.9 * len(nearest)
+
+
+def test_the_lpips_trunk_orders_distortions():
+    from vislora.metrics.perceptual import distances, perceptual
+
+    x = pixels([scenes.render_scene(seed)[0] for seed in range(8)])
+    net, noise = perceptual(), torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    (clean, weights), (weak, _), (strong, _) = (net.embed((x + s * noise).clamp(-1, 1)) for s in (0, 0.1, 0.6))
+    for i in range(len(x)):
+        near, far = distances(clean[i], torch.stack([weak[i], strong[i]]), weights).tolist()
+        assert 0 < near < far
