@@ -1,6 +1,6 @@
 """Classification: tune an image model on a new task, and watch what it loses on the one that it knew.
 
-On the embedded world, offline, in half a minute on two CPU cores:
+On the embedded world, offline, in a minute or so on two CPU cores:
 
     accelerate launch train_scripts/classification.py --adapter nb_lora --p 1 --delta_ratio 0.1
 

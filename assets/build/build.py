@@ -1,6 +1,6 @@
 """Build the embedded world:  python assets/build/build.py STAGE [--option value]
 
-Stages, in order: sprites, vae, latents, unet, decoder, clip, export, vit, letters, dino, lpips, tasks, llama,
+Stages, in order: sprites, vae, latents, unet, decoder, clip, export, vit, dino, lpips, tasks, llama,
 measure; `all` runs every one.  `adopt` takes the shipped tiny-sd into an empty work folder, so that `vae` and `unet`
 go on from it.
 Each stage keeps its state in ~/.cache/vislora/world (or $VISLORA_WORLD_WORK) as safetensors and JSON, and goes on
@@ -19,12 +19,12 @@ STAGES = {
     "sprites": ("sprites", "run"), "adopt": ("adopt", "run"), "vae": ("train_vae", "train"),
     "latents": ("train_vae", "cache_latents"), "unet": ("train_unet", "train"),
     "decoder": ("train_vae", "refine_decoder"), "clip": ("train_clip", "train"), "export": ("export", "run"),
-    "vit": ("train_vit", "train"), "letters": ("train_vit", "train_letters"), "dino": ("train_dino", "train"),
+    "vit": ("train_vit", "train"), "dino": ("train_dino", "train"),
     "lpips": ("train_lpips", "train"), "tasks": ("tasks", "run"), "llama": ("train_llama", "train"),
     "measure": ("measure", "run"),
 }
 #: Those that take --minutes and --steps.
-TRAINING = {"vae", "unet", "decoder", "clip", "vit", "letters", "dino", "lpips", "llama"}
+TRAINING = {"vae", "unet", "decoder", "clip", "vit", "dino", "lpips", "llama"}
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 Instance discrimination: every sprite is a class of its own, features and class vectors are unit vectors, and the
 cosine of the right class must win by a margin.  Three backgrounds are kept for the measurement; the others are mixed
 and recoloured at every step, and every scene is drawn once, so that neither can be learned by heart.  The trunk starts
-from that of the stage `vit`, which has seen the known objects alone.
+from tiny-vit's, which has seen the known objects alone.
 """
 
 from __future__ import annotations
