@@ -216,7 +216,7 @@ def turned(rows: list[dict], runs: list[str], out: Path) -> list[Path]:
     kinds = sorted({kind for _, _, kind in shown}, key=natural)
     top = max(row["d_vectors"] for row, _, _ in shown) or 1.0
     names = [short(block) for block in blocks]
-    figure = _figure(max(6.4, 2.2 + len(present) * (0.6 + 0.22 * len(blocks))),
+    figure = _figure(max(8.4, 2.2 + len(present) * (0.6 + 0.22 * len(blocks))),
                      1.6 + 0.24 * len(kinds) + 0.07 * max(map(len, names)),
                      "Turn of the singular vectors, layer by layer, at the last step: darker is nearer to the base")
     axes = figure.subplots(1, len(present), squeeze=False, sharey=True)[0]
