@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,14 @@ from .update import Update
 
 # A stack of layers that outgrows the CPU's cache is slower than its layers one by one; about this many numbers fit.
 _CPU_STACK = 400_000
+
+
+class Tensors:
+    """Tensors by name, as attributes: a SimpleNamespace that torch.compile can trace before torch 2.15 too."""
+
+    def __init__(self, **named: Tensor):
+        for name, tensor in named.items():
+            setattr(self, name, tensor)
 
 
 class SiteTensors(nn.Module):
@@ -96,10 +103,10 @@ class Part(nn.Module):
         """One site's own tensors by name: what trains and what is saved."""
         return self.store[site.name.replace(".", "/")].all()
 
-    def tensors_of(self, site: Site) -> SimpleNamespace:
+    def tensors_of(self, site: Site) -> Tensors:
         """One site's tensors as the method sees them: its own and its share of the common ones."""
         own = {name: whole(tensor) for name, tensor in self.own_tensors(site).items()}
-        return SimpleNamespace(**self.method.share_of(self.common.all(), site), **own)
+        return Tensors(**self.method.share_of(self.common.all(), site), **own)
 
     def forward(self) -> list[Update]:
         """One Update for each site, in the order of `sites`; differentiable."""
@@ -110,7 +117,7 @@ class Part(nn.Module):
                     updates[group[0]] = self.method.factors(self.tensors_of(self.sites[group[0]]))
                     continue
                 each = [vars(self.tensors_of(self.sites[i])) for i in group]
-                stacked = SimpleNamespace(**{name: torch.stack([t[name] for t in each]) for name in each[0]})
+                stacked = Tensors(**{name: torch.stack([t[name] for t in each]) for name in each[0]})
                 for i, update in zip(group, self.method.factors(stacked).unbind(), strict=True):
                     updates[i] = update
             return [self._of(site, update) for site, update in zip(self.sites, updates, strict=True)]
