@@ -158,3 +158,13 @@ def test_full_fine_tuning_of_a_raw_parameter_is_of_that_one_alone(tmp_path):
     assert not torch.equal(model(x), wanted)
     load(model, tmp_path)
     assert torch.equal(model(x), wanted)
+
+
+def test_a_residual_start_cancels_on_strided_inputs():
+    """torch rounds a product of strided inputs by whether the factor trains, and the part taken off does not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8)).requires_grad_(False)
+    x = torch.randn(2, 21, 8)[:, :5]
+    before = model(x)
+    attach(model, "pissa", targets="all-linear", rank=4)
+    assert not x.is_contiguous() and torch.equal(before, model(x).detach())

@@ -18,6 +18,11 @@ class Matrix:
         """What the layer makes of x with another weight."""
         return F.linear(x, weight, bias)
 
+    def inputs(self, x: Tensor) -> Tensor:
+        """x as `product` is to read it. torch chooses how to multiply a strided x by whether the factor trains, and
+        rounds by that choice: the two products of a residual start would not cancel."""
+        return x.contiguous()
+
     def product(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """x through down (r, n) and up (m, r), without their product."""
         return F.linear(F.linear(x, down), up)
@@ -40,6 +45,9 @@ class Convolution(Matrix):
 
     def whole(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self.module._conv_forward(x, weight, bias)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        return x  # in the memory format that the convolution wants
 
     def product(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         shape, groups = self.module.weight.shape, self.module.groups

@@ -94,7 +94,7 @@ class Update:
         """
         layer = MATRIX if layer is None else layer
         inner = F.dropout(x, dropout) if dropout else x
-        delta = self._product(inner, layer)
+        delta = self._product(layer.inputs(inner), layer)
         if self.row_scale is not None:
             frozen = base if bias is None else base - layer.rows(bias)
             scale = layer.rows(self.row_scale).to(base.dtype)

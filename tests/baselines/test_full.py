@@ -188,6 +188,16 @@ def test_a_model_that_is_cast_later_takes_its_base_along():
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
 
 
+def test_tensors_that_the_model_has_replaced_are_not_trained_unseen():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    handle = vislora.attach(model, "full")
+    optimizer = torch.optim.SGD(handle.param_groups(0.1))
+    model[1].weight = nn.Parameter(model[1].weight.detach().clone())  # as fully_shard does
+    refused(lambda: handle.bind(optimizer, 1), "1.weight was replaced")
+    model[1].weight = dict(handle.named_parameters())["1.weight"]
+    handle.bind(optimizer, 1)
+
+
 def test_buffers_that_training_moves_come_back():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     before = state(model)

@@ -94,6 +94,15 @@ class FullHandle(Dense):
             raise InputError("full", "is disabled: its tensors hold the base", "leave `with disabled()` first")
         return iter(self.kept.live.items())
 
+    def bind(self, optimizer: torch.optim.Optimizer, total_steps: int, first_lr: float | None = None) -> None:
+        """As every handle's. Raises InputError for tensors that are no longer the model's: they would train unseen."""
+        held = {id(p) for root in self.roots.values() for p in root.parameters()}
+        for name, tensor in self.kept.live.items():
+            if isinstance(tensor, nn.Parameter) and id(tensor) not in held:
+                wrong = f"{name} was replaced in the model after attach, as fully_shard does"
+                raise InputError("full", wrong, "attach full after that")
+        super().bind(optimizer, total_steps, first_lr)
+
     def changes(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         for name, base in self._matrices():
             wide = precise(base)
