@@ -23,6 +23,7 @@ T = TypeVar("T")
 # The words of kohya, PEFT and the diffusers scripts for what the methods call rank, alpha and dropout.
 METHOD_ALIASES = {"rank": ("network_dim", "lora_r", "lora_rank"), "alpha": ("lora_alpha", "network_alpha"),
                   "dropout": ("lora_dropout", "network_dropout")}
+_MOST = 100_000  # values in a file, its aliases written out: a few lines of them can stand for billions
 _RESERVED = {"config", "help", "h", "debug"}  # --debug is errors.run_script's
 Flags = list[tuple[str, str, list[str]]]  # (name, flag as typed, the words behind it)
 
@@ -45,6 +46,11 @@ class _Loader(yaml.SafeLoader):
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > _MOST:
+            raise yaml.constructor.ConstructorError(None, None, f"merges more than {_MOST} keys", node.start_mark)
+
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
@@ -56,11 +62,12 @@ def read_yaml(file: str | Path, flag: str = "--config") -> dict[str, Any]:
         data = yaml.load(Path(file).read_text(encoding="utf-8-sig"), _Loader)  # a SafeLoader
     except OSError as error:
         raise InputError(f"{flag} {file}", f"cannot be read ({error.strerror})", "name a YAML file") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         place = f"{file}:{mark.line + 1}" if mark else str(file)
         raise InputError(place, f"is not plain YAML ({problem})", "write `key: value` lines, each key once") from None
     data = {} if data is None else data
+    _require_bounded(data, file)
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise InputError(str(file), "is not a mapping of names to values", "write `key: value` lines")
     nested = data.pop("adapter_options", None) or {}
@@ -70,6 +77,17 @@ def read_yaml(file: str | Path, flag: str = "--config") -> dict[str, Any]:
         if key in data:
             raise InputError(f"{file}: {key}", "is given twice, also under adapter_options", "keep one of the two")
     return data | nested
+
+
+def _require_bounded(data: Any, file: str | Path) -> None:
+    """Raise InputError for more than _MOST values, aliases written out; what holds itself has endlessly many."""
+    left, count = [data], 0
+    while left:
+        value = left.pop()
+        count += 1
+        if count > _MOST:
+            raise InputError(str(file), f"holds more than {_MOST} values, its aliases written out", "write fewer")
+        left += value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
 
 
 def parse(schema: type[T], argv: Sequence[str], *, prog: str, description: str = "",

@@ -38,7 +38,7 @@ class DataChanged(VisloraError, RuntimeError):
 
 def printable(text: str, limit: int = 600) -> str:
     """`text` on one line, control characters (ANSI escapes, newlines of a hostile file name) shown as escapes."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 

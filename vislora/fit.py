@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .adapters import Method
 from .errors import InputError
 
 _NORM_TOLERANCE = 0.01  # bf16 and fp16 copies of a base pass, another model does not
 _QUANTIZED_TOLERANCE = 0.04  # nf4 and fp4 move most norms by 0.1 %, those of small or evenly spread weights by 2.6 %
+_MOST_SHARED = 2**26  # numbers of a matrix that all layers share: rank 256 on a vocabulary of 262,144
 
 
 def place(parts: dict[str, nn.Module], prefixes: list[str], fits: Callable[[nn.Module], bool], file: Path):
@@ -54,3 +57,14 @@ def require_base(
     if off:
         wrong = f"was trained on another base ({len(off)} of {len(saved)} weights differ: {off[0]})"
         raise InputError(str(file), wrong, "load that base, or pass allow_other_base=True")
+
+
+def require_modest(method: Any, shapes: Mapping[str, Sequence[int]], file: Path) -> None:
+    """Raise InputError where what all layers share, which no file holds, would be larger than any released adapter's.
+
+    shapes: {site: (m, n)} as the file's header says, which may be anything.
+    """
+    side = max((max(shape) for shape in shapes.values()), default=0)
+    if type(method).shared is not Method.shared and method.rank * side > _MOST_SHARED:
+        wrong = f"says rank {method.rank} for a weight with a side of {side}, more than {_MOST_SHARED} numbers to share"
+        raise InputError(str(file), wrong, "copy it again")

@@ -21,7 +21,7 @@ from .attach import build, components, shared_tensors
 from .baselines import full
 from .distributed import whole
 from .errors import EnvironmentFault, InputError, near
-from .fit import place, require_base
+from .fit import place, require_base, require_modest
 from .handle import Handle
 from .linalg import precise
 from .measure import fingerprint
@@ -186,7 +186,7 @@ def _config(file: Path, text: str) -> dict[str, Any]:
     try:
         config = dict(json.loads(text))
         version, _ = config["format"], config["method"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(str(file), f"has a damaged header ({error!r})", "copy it again") from None
     if version != _FORMAT:
         raise InputError(str(file), f"is of format {version}, this vislora reads {_FORMAT}", "update vislora")
@@ -195,13 +195,17 @@ def _config(file: Path, text: str) -> dict[str, Any]:
 
 def _load_own(model, file: Path, tensors: dict[str, Tensor], config: dict, name: str, other_base: bool) -> Adapter:
     try:
-        method_name, options, shapes = config["method"], dict(config["options"]), dict(config["base"]["shapes"])
+        method_name, options = str(config["method"]), dict(config["options"])
+        shapes = {name: [int(m), int(n)] for name, (m, n) in config["base"]["shapes"].items()}
         kinds = {str(name): bool(trains) for name, trains in config["tensors"].items()}
-        saved_norms, seed, prefixes = dict(config["base"]["norms"]), config["seed"], list(config["components"])
+        saved_norms = {name: float(norm) for name, norm in config["base"]["norms"].items() if shapes[name]}
+        seed, prefixes = int(config["seed"]), [str(prefix) for prefix in config["components"]]
         on_quantized = bool(config["base"].get("quantized"))
-    except (ValueError, KeyError, TypeError) as error:
+        method = get(method_name).from_options(method_name, options)
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(str(file), f"has a damaged header ({error!r})", "copy it again") from None
-    method = get(method_name).from_options(method_name, options)
     roots = place(components(model), prefixes, lambda root: len(find_named(root, shapes)) == len(shapes), file)
     found: dict[str, tuple[nn.Module, list[Site]]] = {}
     values: dict[str, list[dict[str, Tensor]]] = {}
@@ -212,7 +216,7 @@ def _load_own(model, file: Path, tensors: dict[str, Tensor], config: dict, name:
         require_all(names, sites, root, file)
         for site in sites:
             saved = qualified(prefix, site.name)
-            if list(shapes[saved]) != [site.m, site.n]:
+            if shapes[saved] != [site.m, site.n]:
                 wrong = f"{saved} is {shapes[saved]} in the adapter, {[site.m, site.n]} in the model"
                 raise InputError(str(file), wrong, "load it into the model it was trained on")
             renamed[saved] = site
@@ -226,6 +230,7 @@ def _load_own(model, file: Path, tensors: dict[str, Tensor], config: dict, name:
                     raise InputError(str(file), f"tensor {key} of {site.name} is {held}", "train or copy it again")
                 stored = precise(stored)
                 tensors_of_site[key] = nn.Parameter(stored) if trains else stored
+    require_modest(method, shapes, file)
     shared = shared_tensors(method, found, seed)
     for component, (_, sites) in found.items():
         for site, own in zip(sites, values[component], strict=True):

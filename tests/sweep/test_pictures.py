@@ -180,7 +180,8 @@ def test_what_a_run_lacks_is_no_error(tmp_path):
         ({"kind": "steps", "values": ["loss"]}, "values: is ['loss'] -> give a dict"),
         ({"kind": "against", "setting": "rank", "values": ["dino"]}, "no setting of grid or factors 'rank'"),
         ({"kind": "images", "where": {"rank": 3}}, "no setting of grid or factors 'rank'"),
-        ({"kind": "images", "prompts": ["grass"]}, "give prompts by number"),
+        ({"kind": "images", "prompts": ["grass"]}, "give a list[int]"),
+        ({"kind": "images", "prompts": [-1]}, "give prompts by number"),
         ({"kind": "images", "result": "scores.json"}, "is no file:path"),
     ],
 )

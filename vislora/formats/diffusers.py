@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from .lora import COMPONENTS, TEXT_ENCODERS, Layer, LoraFile, Names, Stored, fol
 
 NO_COMPONENT = "export it as peft, or name its folder after the component: unet, text_encoder, text_encoder_2"
 METADATA = "lora_adapter_metadata"
+# What makes a pattern of a file's own slow on a name of its own: a repeated group, a reference, and many repeats.
+_SLOW, _REPEATS = re.compile(r"\)[*+?{]|\\[1-9]|\(\?"), re.compile(r"[*+?{]")
 # Spellings of five years: PEFT's, diffusers' own two, and those of its attention processors.
 _KEY = re.compile(
     r"(?P<component>[^.]+)\.(?P<path>.+?)"
@@ -68,8 +71,11 @@ def scale_of(file: Path, config: Mapping[str, Any], path: str, rank: int) -> flo
         if stated != rank:
             wrong = f"{path} has rank {rank} and the configuration says {stated}"
             raise InputError(str(file), wrong, "correct r and rank_pattern, or copy it again")
-        return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
-    except (TypeError, AttributeError, re.error) as error:
+        scale = float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+        if not math.isfinite(scale):
+            raise InputError(str(file), f"{path} has alpha {alpha}", "correct lora_alpha and alpha_pattern")
+        return scale
+    except (TypeError, AttributeError, OverflowError, re.error) as error:
         raise InputError(str(file), f"has a damaged configuration ({error})", "save it again") from None
     except ValueError as error:
         if isinstance(error, InputError):
@@ -80,6 +86,8 @@ def scale_of(file: Path, config: Mapping[str, Any], path: str, rank: int) -> flo
 def _of_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     bare = path.removeprefix("text_model.")  # patterns may name either tree
     for pattern, value in (patterns or {}).items():
+        if _SLOW.search(pattern) or len(_REPEATS.findall(pattern)) > 2:
+            raise ValueError(f"the pattern {pattern} may take for ever to match")
         if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (path, bare)):
             return value
     return default

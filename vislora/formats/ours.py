@@ -17,6 +17,7 @@ from ..adapters import Method, get
 from ..adapters.lora import LoRA
 from ..attach import shared_tensors
 from ..errors import InputError
+from ..fit import require_modest
 from ..io import _FORMAT as VERSION
 from ..io import FILE
 from ..site import qualified
@@ -45,7 +46,7 @@ def read(file: Path, stored: Stored) -> LoraFile:
     method_name = config["method"]
     try:
         method = get(method_name).from_options(method_name, config["options"])
-    except TypeError as error:  # text where a number belongs
+    except (TypeError, AttributeError, OverflowError) as error:  # text where a number belongs
         raise InputError(str(file), f"has damaged options ({error})", "copy it again") from None
     plain = isinstance(method, LoRA) and set(config["kinds"]) <= {"A", "B", "c"}  # the factors themselves are stored
     sites = {name: _split(name, config["components"]) for name in config["shapes"]}
@@ -61,6 +62,7 @@ def read(file: Path, stored: Stored) -> LoraFile:
     places: dict[str, tuple[None, list[_Place]]] = {}
     for name, (component, path) in sites.items():
         places.setdefault(component, (None, []))[1].append(_Place(path, *config["shapes"][name]))
+    require_modest(method, config["shapes"], file)
     shared = shared_tensors(method, places, config["seed"])
     if plain:
         found = {
@@ -126,7 +128,7 @@ def header_of(file: Path, stored: Stored) -> dict[str, Any]:
         out = {
             "method": str(config["method"]),
             "options": dict(config["options"]),
-            "components": list(config["components"]),
+            "components": [str(component) for component in config["components"]],
             "shapes": {str(name): (int(m), int(n)) for name, (m, n) in config["base"]["shapes"].items()},
             "norms": {str(name): float(norm) for name, norm in config["base"]["norms"].items()},
             "kinds": list(config["tensors"]),
@@ -135,8 +137,10 @@ def header_of(file: Path, stored: Stored) -> dict[str, Any]:
         }
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(str(file), f"has a damaged header ({error!r})", "copy it again") from None
+    if any(side < 1 for shape in out["shapes"].values() for side in shape):
+        raise InputError(str(file), "has a damaged header (a side below 1)", "copy it again")
     if not out["shapes"]:
         raise InputError(str(file), "adapts no layer", "train or copy it again")
     return out

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from vislora.errors import InputError, near
 
@@ -79,7 +79,6 @@ class Against(Picture):
 
 
 KINDS: dict[str, type[Picture]] = {"images": Images, "scatter": Scatter, "steps": Steps, "against": Against}
-_TYPES = {"list": list, "dict": dict, "bool": bool, "str": str}
 
 
 def read(raw: Any, where: str, methods: Collection[str], columns: Collection[str],
@@ -93,8 +92,8 @@ def read(raw: Any, where: str, methods: Collection[str], columns: Collection[str
     found = []
     for name, given in raw.items():
         place = f"{where}, {name}"
-        if not isinstance(given, Mapping) or given.get("kind") not in KINDS:
-            kind = given.get("kind") if isinstance(given, Mapping) else given
+        kind = given.get("kind") if isinstance(given, Mapping) else given
+        if not isinstance(given, Mapping) or kind not in list(KINDS):
             raise InputError(place, f"{kind!r} is no kind of picture", f"take kind: {' | '.join(KINDS)}")
         if not all(c.isalnum() or c in "._-" for c in str(name)):
             raise InputError(place, "is no name for a file", "take letters, digits, . _ -")
@@ -106,16 +105,26 @@ def read(raw: Any, where: str, methods: Collection[str], columns: Collection[str
 
 def _picture(kind: type[Picture], name: str, given: Mapping[str, Any], place: str) -> Picture:
     known = {f.name: f for f in fields(kind) if f.name != "name"}
+    hints = get_type_hints(kind)
     for key, value in given.items():
         if key not in known:
-            raise InputError(f"{place}, {key}", f"is unknown here{near(key, known)}", "take " + ", ".join(known))
-        word = str(known[key].type).partition("[")[0]
-        if not isinstance(value, _TYPES[word]):
-            raise InputError(f"{place}, {key}", f"is {value!r}", f"give a {word}")
+            raise InputError(f"{place}, {key}", f"is unknown here{near(str(key), known)}", "take " + ", ".join(known))
+        if not _fits(value, hints[key]):
+            raise InputError(f"{place}, {key}", f"is {value!r}", f"give a {known[key].type}")
     for key, one in known.items():
         if key not in given and one.default is MISSING and one.default_factory is MISSING:
             raise InputError(place, f"has no {key}", f"a picture of this kind takes {', '.join(known)}")
     return kind(name=name, **given)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether plain data is of a field's type, down to the last item."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind is Any:
+        return True
+    if kind is dict:
+        return isinstance(value, dict) and all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
+    return isinstance(value, kind) and (kind is not list or all(_fits(item, parts[0]) for item in value))
 
 
 def _names(picture: Picture, place: str, methods: Collection[str], columns: Collection[str],

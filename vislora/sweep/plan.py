@@ -27,6 +27,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -147,6 +148,7 @@ class Plan:
         return Cell(method, subject, seed, varied, settings, key, tuning)
 
 
+_MOST = 100_000  # runs
 _KEYS = ("script", "fixed", "methods", "subjects", "seeds", "grid", "factors", "tune", "evaluate", "collect",
          "title", "pictures")  # fmt: skip
 
@@ -164,16 +166,18 @@ def read(file: str | Path) -> Plan:
     subjects: dict[str | None, Settings] = dict(_mappings(raw.get("subjects") or {}, f"{name}, subjects"))
     seeds = _list(raw.get("seeds", [0]), f"{name}, seeds", int)
     plan = Plan(
-        Path(file).stem, str(raw["script"]), dict(raw.get("fixed") or {}), methods, subjects or {None: {}}, seeds,
+        Path(file).stem, str(raw["script"]), _mapping(raw.get("fixed"), f"{name}, fixed"), methods,
+        subjects or {None: {}}, seeds,
         *(_settings(raw.get(part), f"{name}, {part}", methods) for part in ("grid", "factors", "tune")),
-        evaluate=_list(raw.get("evaluate") or [], f"{name}, evaluate", str), collect=dict(raw["collect"]),
-        title=str(raw.get("title") or ""),
+        evaluate=_list(raw.get("evaluate") or [], f"{name}, evaluate", str),
+        collect=_mapping(raw["collect"], f"{name}, collect"), title=str(raw.get("title") or ""),
     )  # fmt: skip
+    _require_cells(plan, name)
     names = [setting.name for setting in (*plan.grid, *plan.factors)]
     shown = pictures.read(raw.get("pictures") or {}, f"{name}, pictures", methods, plan.collect, names)
     plan = replace(plan, pictures=shown)
     for setting in plan.tune:
-        if setting.by not in plan.collect or setting.goal not in ("max", "min") or not setting.seeds:
+        if setting.by not in list(plan.collect) or setting.goal not in ("max", "min") or not setting.seeds:
             wrong = f"by={setting.by!r}, goal={setting.goal!r}, seeds={setting.seeds}"
             remedy = f"by is a column of collect ({', '.join(plan.collect)}), goal max or min, seeds a list"
             raise InputError(f"{name}, tune, {setting.name}", wrong, remedy)
@@ -186,10 +190,34 @@ def read(file: str | Path) -> Plan:
     return plan
 
 
+def _mapping(given: Any, where: str) -> dict[str, Any]:
+    if not isinstance(given, Mapping | None):
+        raise InputError(where, f"is {type(given).__name__}", "give names, each with its value")
+    return {str(name): value for name, value in (given or {}).items()}
+
+
 def _mappings(given: Any, where: str) -> dict[str, Settings]:
     if not isinstance(given, Mapping) or not all(isinstance(v, Mapping | None) for v in given.values()):
         raise InputError(where, f"is {type(given).__name__}", "give labels, each with its settings")
-    return {str(label): dict(settings or {}) for label, settings in given.items()}
+    return {str(label): _mapping(settings, where) for label, settings in given.items()}
+
+
+def _require_cells(plan: Plan, name: str) -> None:
+    """Raise InputError for more runs than anybody starts, and for settings of which no name for a run can be made."""
+    points = math.prod(len(s.values) for s in plan.grid) * (1 + sum(len(s.values) for s in plan.factors))
+    tuned = sum(max(map(len, [s.values, *s.own.values()])) * len(s.seeds) * len(s.subjects or "1") for s in plan.tune)
+    runs = len(plan.methods) * (points * len(plan.subjects) * len(plan.seeds) + tuned * len(plan.subjects))
+    if runs > _MOST:
+        raise InputError(name, f"makes up to {runs} runs", f"make {_MOST} at most")
+    varied = [{s.name: [s.values, *s.own.values(), *(s.subjects or {}).values()]}
+              for s in (*plan.grid, *plan.factors, *plan.tune)]  # fmt: skip
+    for settings in (plan.fixed, *plan.methods.values(), *plan.subjects.values(), *varied):
+        for key, value in settings.items():
+            try:
+                json.dumps(value, sort_keys=True, default=str)
+            except TypeError:
+                wrong = "mixes names and numbers as keys"
+                raise InputError(f"{name}, {key}", wrong, "put quotes around them") from None
 
 
 def _plain(value: Any) -> Any:
@@ -208,14 +236,18 @@ def _list(given: Any, where: str, kind: type) -> list:
 
 def _settings(given: Any, where: str, methods: Mapping[str, Settings]) -> list[Setting]:
     found = []
-    for name, value in (given or {}).items():
+    for name, value in _mapping(given, where).items():
         parts = dict(value) if isinstance(value, Mapping) else {"values": value}
         values = parts.pop("values", None)
-        unknown = sorted(set(parts) - {"methods", "by", "goal", "seeds", "subjects"})
+        unknown = set(parts) - {"methods", "by", "goal", "seeds", "subjects"}
+        for key, kind in (("methods", str), ("seeds", int)):
+            if key in parts:
+                parts[key] = _list(parts[key], f"{where}, {name}, {key}", kind)
         if isinstance(values, Mapping) and values and "by" in parts and "methods" not in parts:
             parts |= {"own": {str(label): _list(own, f"{where}, {name}", object) for label, own in values.items()},
                       "methods": [str(label) for label in values]}  # fmt: skip
-            values = list(dict.fromkeys(value for own in parts["own"].values() for value in own))
+            values = []
+            values += [value for own in parts["own"].values() for value in own if value not in values]
         if "subjects" in parts:
             parts["subjects"] = _mappings(parts["subjects"], f"{where}, {name}, subjects")
         if not isinstance(values, list) or not values or unknown:
