@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from vislora.errors import VisloraError
 
 SECONDS, MEMORY = 10, 2**30
-INPUTS = int(os.environ.get("FUZZ_INPUTS", 480))
+INPUTS = int(os.environ.get("FUZZ_INPUTS", 1200))
 
 
 class Hang(BaseException):
