@@ -230,6 +230,8 @@ def _load_own(model, file: Path, tensors: dict[str, Tensor], config: dict, name:
                     raise InputError(str(file), f"tensor {key} of {site.name} is {held}", "train or copy it again")
                 stored = precise(stored)
                 tensors_of_site[key] = nn.Parameter(stored) if trains else stored
+    if not renamed:
+        raise InputError(str(file), "adapts no layer", "train or copy it again")
     require_modest(method, shapes, file)
     shared = shared_tensors(method, found, seed)
     for component, (_, sites) in found.items():

@@ -131,7 +131,7 @@ def header_of(file: Path, stored: Stored) -> dict[str, Any]:
             "components": [str(component) for component in config["components"]],
             "shapes": {str(name): (int(m), int(n)) for name, (m, n) in config["base"]["shapes"].items()},
             "norms": {str(name): float(norm) for name, norm in config["base"]["norms"].items()},
-            "kinds": list(config["tensors"]),
+            "kinds": [str(kind) for kind in config["tensors"].keys()],
             "kernels": {str(name): [int(k) for k in kernel] for name, kernel in config.get("kernels", {}).items()},
             "seed": int(config.get("seed", 0)),
         }
