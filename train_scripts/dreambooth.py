@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import sys
-import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -32,7 +30,7 @@ from tqdm.auto import tqdm
 import vislora
 from vislora import adapters, config, optim, probe, world
 from vislora.baselines import BASELINES
-from vislora.diffusion import conditioning, models, objective, publish, quantize, validation
+from vislora.diffusion import conditioning, keeping, models, objective, publish, quantize, validation
 from vislora.diffusion.base import facts_of
 from vislora.diffusion.dataset import class_set, instance_set
 from vislora.diffusion.denoising import Denoising, checkpoint_activations
@@ -67,6 +65,7 @@ def main(argv: list[str]) -> None:
     prompts = validation.prompts_of(options.validation_prompt)
     facts = facts_of(options.pretrained_model_name_or_path, options.revision)
     photos = instance_set(options, objective.require_fit(options, facts))
+    keeper = keeping.keeper_of(options, method, prompts)
     RunFolder.check(options.output_dir, options.resume_from_checkpoint)
     if options.push_to_hub and not options.dry_run:
         publish.require_hub(options.hub_model_id)
@@ -89,7 +88,7 @@ def main(argv: list[str]) -> None:
     with folder or RunFolder(Path(path)) as folder:
         if next(adapter.parameters(), None) is None:
             return draw_base(options, adapter, diffusion, [p.path for p in photos.photos], prompts, folder)
-        Run(options, adapter, accelerator, diffusion, photos, prompts, folder).go()
+        Run(options, adapter, accelerator, diffusion, photos, prompts, folder, keeper).go()
 
 
 def parse(argv: list[str]) -> tuple[DreamBoothOptions, vislora.Method]:
@@ -121,8 +120,8 @@ def attach(options: DreamBoothOptions, method: vislora.Method, diffusion: models
 class Run:
     """One training run, from the frozen model to the exported adapter."""
 
-    def __init__(self, options, adapter, accelerator, diffusion, photos, prompts, folder):
-        self.options, self.adapter, self.folder = options, adapter, folder
+    def __init__(self, options, adapter, accelerator, diffusion, photos, prompts, folder, keeper):
+        self.options, self.adapter, self.folder, self.keeper = options, adapter, folder, keeper
         self.accelerator, self.models = accelerator, diffusion
         self.main, self.photos, classes = accelerator.is_main_process, photos, None
         photos.use(diffusion, self.main)
@@ -140,9 +139,7 @@ class Run:
 
         encoders = diffusion.family.clip if options.train_text_encoder else ()
         optimizer = optim.from_options(options, self.adapter, dict.fromkeys(encoders, options.text_encoder_lr))
-        a_step = options.train_batch_size * options.gradient_accumulation_steps * accelerator.num_processes
-        epoch = photos.epoch(options.train_batch_size)
-        self.total = options.max_train_steps or options.num_train_epochs * math.ceil(epoch / a_step)
+        self.total = photos.steps(accelerator.num_processes)
         self.scheduler = get_scheduler(
             options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps, num_training_steps=self.total,
             num_cycles=options.lr_num_cycles, power=options.lr_power,
@@ -168,6 +165,8 @@ class Run:
             self.adapter.prepare(lambda: self.backward(next(steps))["loss"])
             if self.ema is not None:  # which such a start has moved
                 self.ema = EMA(self.adapter.named_parameters(), o.ema_decay, warmup=True)
+        if self.main and (o.drift_steps or self.keeper):
+            self.drift = keeping.drift_of(o, self.models, self.adapter)
         settings = {name: str(value) for name, value in config.to_dict(o).items()}
         kind = o.report_to if self.main else "none"
         with telemetry.Log(self.folder, kind, settings) as log, InterruptFlag() as stop:
@@ -183,8 +182,7 @@ class Run:
         """Optimizer steps start + 1 to the last; each goes by the numbers step and seed alone."""
         o = self.options
         bar = tqdm(total=self.total, initial=start, desc="training", disable=not self.main)
-        sums: dict[str, torch.Tensor] = {}
-        logged, since = start, time.perf_counter()
+        meter = telemetry.Meter()
         for model in self.trained:
             model.train()
         for step in range(start, self.total):
@@ -197,28 +195,29 @@ class Run:
                 self.scheduler.step()
                 if self.ema is not None:
                     self.ema.update()
-            sums = {name: sums.get(name, 0) + value.detach() for name, value in parts.items()}
+            meter.add(parts)
             done = step + 1
             bar.update()
             if self.main and (done % o.logging_steps == 0 or done == self.total):
-                values = {name: float(value) / (done - logged) for name, value in sums.items()}
-                values |= {"lr": rate, "seconds_per_step": (time.perf_counter() - since) / (done - logged)}
-                by_site, largest = telemetry.layers(self.adapter)
-                log.write(done, values | largest, by_site)
+                values = meter.read() | {"lr": rate}
+                with meter.paused():
+                    by_site, largest = telemetry.layers(self.adapter)
+                    log.write(done, values | largest, by_site)
                 share = {"bound": f"{largest['largest_share']:.0%}"} if "largest_share" in largest else {}
                 bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{values['lr']:.1e}", **share)
-                sums, logged, since = {}, done, time.perf_counter()
             if o.probe_steps and done % o.probe_steps == 0 and done < self.total:
-                found = probe.cosines(self.adapter, partial(self.backward, done), o.gradient_accumulation_steps)
-                if self.main:
-                    log.write(done, *telemetry.alignment(found))
-                since = time.perf_counter()
-            if self.main and (done % o.checkpointing_steps == 0 or stop):
+                with meter.paused():
+                    found = probe.cosines(self.adapter, partial(self.backward, done), o.gradient_accumulation_steps)
+                    if self.main:
+                        log.write(done, *telemetry.alignment(found))
+            if self.main and o.drift_steps and done % o.drift_steps == 0:
+                with meter.paused(), self.averaged():
+                    log.write(done, self.drift.measure(), {})
+            if self.main and (done % o.checkpointing_steps == 0 or stop or (done == self.total and self.keeper)):
                 self.save(done)
             if self.main and o.validation_steps and done % o.validation_steps == 0 and done < self.total:
-                with self.averaged():
+                with meter.paused(), self.averaged():
                     log.images(done, "samples", self.validation.draw(self.sampler, done))
-                since = time.perf_counter()
             if stop:
                 break
         bar.close()
@@ -266,29 +265,32 @@ class Run:
         saved = checkpoint.load(checkpoint.resolve(self.folder.checkpoints, self.options.resume_from_checkpoint))
         about = self.about()
         require_same_run(saved.state["config"], about["config"], FREE_ON_RESUME)
-        if saved.state["photos"] != about["photos"]:
-            wrong = "holds other photos than the run began with"
-            raise InputError(self.options.instance_data_dir, wrong, "restore them, or start a new run")
+        self.photos.require_same(saved.state["photos"])
         load_state(saved, self.adapter, self.optimizer.optimizer, self.scheduler, self.accelerator.scaler)
         if self.ema is not None:
             self.ema.load_state(saved.tensors["ema"])
         if self.main:
             self.folder.rewind(saved.step)
+            self.validation.rewind(saved.step)
             print(f"resumed {saved.path} at step {saved.step}")
         return saved.step
 
     def finish(self, log: telemetry.Log) -> None:
         """The adapter in our format and in stock tools', the proof that diffusers reads it, images, the card."""
-        o = self.options
+        o, kept = self.options, None
         with self.averaged():
+            if self.keeper:
+                seen = self.folder, self.validation, self.sampler, self.photos, self.drift
+                kept = self.keeper.choose(self.adapter, *seen, self.total)
             self.adapter.save(self.folder.adapter)
             file = self.adapter.export(self.folder.path, "diffusers", o.export_rank)
             kind = getattr(self.models.scheduler.config, "prediction_type", None)
             copy = kohya_copy(self.adapter, self.folder.path, o.export_rank, kind)
             error = exported_error(self.sampler, self.adapter, self.folder.path, rank=o.export_rank)
-            log.images(self.total, "samples", self.validation.draw(self.sampler, self.total))
-            grid = self.validation.compare(self.total)
-            conclude(self.folder, o, self.adapter, self.total, grid, self.models.pipeline_class, file, error, copy)
+            log.images(self.total, "samples", self.validation.sheet(self.sampler, self.total))
+            grid = self.validation.compare(kept.step if kept else self.total)
+            about = self.models.pipeline_class, file, error, copy, kept
+            conclude(self.folder, o, self.adapter, self.total, grid, *about)
         if o.push_to_hub:
             print(f"hub        {publish.push(self.folder.path, o.hub_model_id)}")
 

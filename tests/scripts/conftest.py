@@ -7,6 +7,7 @@ import importlib.util
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from metric_world import root, small_world  # noqa: F401
 from script_runs import SCRIPT, photograph
 from tiny_sd import tiny_sd
 

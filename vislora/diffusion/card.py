@@ -25,9 +25,11 @@ change more, or less, than these figures suggest."""
 
 
 def run_card(
-    folder: Path, options: DreamBoothOptions, certificate: Mapping, grid: Path | None, pipeline: str, form: str = "lora"
-) -> str:
-    """The card of the run in `folder` from its options and `vislora.measure.certificate`. form: see `model_card`."""
+    folder: Path, options: DreamBoothOptions, certificate: Mapping, grid: Path | None, pipeline: str,
+    form: str = "lora", note: str | None = None,
+) -> str:  # fmt: skip
+    """The card of the run in `folder` from its options and `vislora.measure.certificate`. form, note: see `model_card`.
+    """
     shown = {**certificate["options"], **{k: getattr(options, k) for k in _SHOWN}}
     return model_card(
         name=folder.name,
@@ -41,6 +43,7 @@ def run_card(
         pipeline_class=pipeline,
         form=form,
         classes=certificate["base"]["classes"],
+        note=note,
     )
 
 
@@ -60,6 +63,7 @@ def model_card(
     license: str | None = None,
     form: str = "lora",
     classes: Mapping[str, str] | None = None,
+    note: str | None = None,
 ) -> str:
     """The card's text: YAML front matter, then Markdown.
 
@@ -67,6 +71,7 @@ def model_card(
     a table in their order; `example_prompt` (by default the instance prompt) goes into the code;
     `certificate` None says that there is no bound. `form`: what stock tools load, a "lora" file or whole
     "components" ({folder: class} in `classes`); "adapter": only vislora does; "base": nothing was trained.
+    `note`: a sentence of the run's own.
     """
     on_hub = HUB_ID.fullmatch(base_model) is not None and not Path(base_model).is_dir()
     front: dict[str, object] = {}
@@ -93,6 +98,8 @@ def model_card(
         f"# {plain(name)}",
         f"{_KINDS[form].format(code(method))} {code(base_model)}. {trained}.",
     ]
+    if note is not None:
+        parts.append(plain(note))
     if grid is not None:
         parts.append(f"![training photos, and samples before, during and after training]({quote(grid)})")
     prompt = example_prompt or instance_prompt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from vislora.diffusion import latents as coding
 from vislora.diffusion.models import DiffusionModels
 from vislora.diffusion.options import DreamBoothOptions
 from vislora.diffusion.prior import ensure_class_images
+from vislora.errors import InputError
 from vislora.training.random import batch_indices, generator
 
 
@@ -65,6 +67,12 @@ class ImageSet:
         """What a resumed run compares: the sha256 of every file."""
         return [photo.sha256 for photo in self.photos] + [mask.sha256 for mask in self.masks or ()]
 
+    def require_same(self, hashes: Sequence[str]) -> None:
+        """InputError unless these are the photos that a run with `hashes` began with."""
+        if list(hashes) != self.hashes():
+            where = self.options.instance_data_dir or self.options.concepts_list
+            raise InputError(where, "holds other photos than the run began with", "restore them, or start a new run")
+
     def texts(self) -> list[str]:
         """Every prompt that a batch can have."""
         return [*self.captions, *([""] if self.dropout else [])]
@@ -107,9 +115,13 @@ class ImageSet:
         pixels = cut(self.masks[index].read(), self.place(index, variant))[:1] / 2 + 0.5
         return torch.nn.functional.avg_pool2d(pixels, self._factor)
 
-    def epoch(self, count: int) -> int:
-        """Positions in which every photo is seen, in batches of `count`."""
-        return epoch_length(self.buckets, count) if self.options.use_aspect_ratio_buckets else len(self)
+    def steps(self, processes: int) -> int:
+        """Optimizer steps of a run on so many processes: max_train_steps, or the epochs'."""
+        o, batch = self.options, self.options.train_batch_size
+        epoch = epoch_length(self.buckets, batch) if o.use_aspect_ratio_buckets else len(self)
+        return o.max_train_steps or o.num_train_epochs * math.ceil(epoch / (
+            batch * o.gradient_accumulation_steps * processes
+        ))  # fmt: skip
 
     def draw(self, position: int, count: int, device: torch.device, bucket: int | None = None) -> Batch:
         """The batch at global positions position, position + 1, …; of the size `bucket`, None for the photos' own."""

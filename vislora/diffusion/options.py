@@ -20,7 +20,7 @@ FREE_ON_RESUME = frozenset({
     "validation_inference_steps", "output_dir", "logging_steps", "probe_steps", "report_to", "checkpointing_steps",
     "checkpoints_total_limit", "resume_from_checkpoint", "dry_run", "sample_batch_size", "class_data_dir",
     "cpu_threads", "instance_data_dir", "pretrained_model_name_or_path", "export_rank", "conditioning_data_dir",
-    "push_to_hub", "hub_model_id",
+    "push_to_hub", "hub_model_id", "drift_steps", "keep",
 })  # fmt: skip
 
 
@@ -188,12 +188,20 @@ class DreamBoothOptions:
     probe_steps: int | None = option(
         None, "steps between cosines of full and equivalent gradient (OD-LoRA's measure); none: never", group=_RUN
     )
+    drift_steps: int | None = option(
+        None, "steps between measurements of how far the denoiser is from its base on unrelated prompts; none: never",
+        group=_RUN,
+    )  # fmt: skip
     report_to: str = option(
         "tensorboard", "where else metrics go: tensorboard, wandb or another tracker of accelerate's, all, or none",
         group=_RUN,
     )  # fmt: skip
     checkpointing_steps: int = option(500, "steps between checkpoints", group=_RUN)
     checkpoints_total_limit: int | None = option(None, "how many to keep; none: all", group=_RUN)
+    keep: Literal["last", "best"] = option(
+        "last", "of the checkpoints, as the run's adapter; best: the one that drifted least from the base among those "
+        "whose validation images of the token match the photos as well as the best one's (DINO)", group=_RUN,
+    )  # fmt: skip
     resume_from_checkpoint: str | None = option(
         None, "a checkpoint's folder, or latest, with the --output_dir of the run", group=_RUN
     )
@@ -206,7 +214,7 @@ class DreamBoothOptions:
             "crop_variants", "num_class_images", "sample_batch_size", "train_batch_size", "logging_steps",
             "gradient_accumulation_steps", "num_train_epochs", "num_validation_images", "validation_inference_steps",
             "checkpointing_steps", "cpu_threads", "max_train_steps", "validation_steps", "checkpoints_total_limit",
-            "resolution", "export_rank", "bucket_reso_steps", "max_sequence_length",
+            "resolution", "export_rank", "bucket_reso_steps", "max_sequence_length", "drift_steps",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -246,7 +254,19 @@ class DreamBoothOptions:
         if self.optimizer_damping is not None and not 0 <= self.optimizer_damping < math.inf:
             wrong = f"{self.optimizer_damping} is negative or not finite"
             raise InputError("--optimizer_damping", wrong, "give 0 or more")
+        if self.keep == "best":
+            self._require_choice()
         own_options(self)
+
+    def _require_choice(self) -> None:
+        """Of --keep best: every checkpoint stays and has its validation images."""
+        if self.checkpoints_total_limit is not None:
+            wrong = f"--checkpoints_total_limit {self.checkpoints_total_limit} removes what there is to choose from"
+            raise InputError("--keep best", wrong, "leave the limit out")
+        if self.validation_steps not in (None, self.checkpointing_steps):
+            wrong = f"images come every {self.validation_steps} steps, checkpoints every {self.checkpointing_steps}"
+            raise InputError("--keep best", wrong, f"give --validation_steps {self.checkpointing_steps}, or none")
+        object.__setattr__(self, "validation_steps", self.checkpointing_steps)
 
     def require_whole(self) -> None:
         """Raise InputError unless model, photos and, for prior preservation, the class prompt are there."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from vislora import config, measure
 from vislora.diffusion.card import run_card
 from vislora.diffusion.conditioning import warn_of_cuts
+from vislora.diffusion.keeping import PICTURE, Kept
 from vislora.diffusion.models import DiffusionModels
 from vislora.diffusion.options import DreamBoothOptions
 from vislora.diffusion.validation import Validation
@@ -28,11 +29,12 @@ def conclude(
     exported: Path | None = None,
     error: float | None = None,
     copy: Path | None = None,
+    kept: Kept | None = None,
 ) -> None:
     """Write metrics and card after `steps` steps, and say where things are.
 
     exported: the file or folder that stock tools load, `error` off when read back. pipeline: the diffusers class.
-    copy: the same for ComfyUI and A1111.
+    copy: the same for ComfyUI and A1111. kept: the checkpoint that was chosen, None for the last step.
     """
     in_file = exported is not None and exported.is_file()  # the certificate is of what it holds
     certificate = read_certificate(exported) if in_file else measure.certificate(adapter)
@@ -44,13 +46,18 @@ def conclude(
         "largest_share": share, "largest_lost": lost,
         "diffusers_export_error": error,
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        **(kept.metrics() if kept else {}),
     })  # fmt: skip
     form = "adapter" if folder.adapter.exists() else "base"
     if exported is not None:
         form = "components" if exported.is_dir() else "lora"
-    card = run_card(folder.path, options, certificate, grid, pipeline, form)
+    card = run_card(folder.path, options, certificate, grid, pipeline, form, kept.sentence() if kept else None)
     folder.readme.write_text(card, encoding="utf-8")
     print()
+    if kept:
+        print(f"kept       step {kept.step} of {steps} ({folder.path / PICTURE})")
+    else:
+        (folder.path / PICTURE).unlink(missing_ok=True)  # of a choice before this run was resumed
     if folder.adapter.exists():
         print(f"adapter    {folder.adapter}")
     if exported is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from vislora.data.images import read
 from vislora.diffusion.models import DiffusionModels
@@ -17,6 +20,15 @@ from vislora.training.random import generator
 
 _STAGE = re.compile(r"step-(\d{6})")
 GRID = "grid.png"
+_MADE = "vislora"  # the key, in a drawn PNG, of how it was drawn
+
+
+def _told(file: Path) -> str | None:
+    try:
+        with Image.open(file) as image:
+            return image.info.get(_MADE)
+    except OSError:
+        return None
 
 
 def prompts_of(words: Sequence[str]) -> list[str]:
@@ -62,13 +74,42 @@ class Validation:
         count = len(self.seeds)
         stage = [images[i * count : (i + 1) * count] for i in range(len(self.prompts))]
         place = self.folder / f"step-{step:06d}"
-        place.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(place, ignore_errors=True)  # of other prompts, perhaps
+        place.mkdir(parents=True)
         for i, row in enumerate(stage):
             for k, image in enumerate(row):
-                image.save(place / f"{i:02d}-{k:02d}.png")
+                made = PngInfo()
+                made.add_itxt(_MADE, self._made(i, k))
+                image.save(place / f"{i:02d}-{k:02d}.png", pnginfo=made)
         sheet = labelled_grid(stage, self.prompts, [f"seed {k + 1}" for k in range(count)], f"after {step} steps")
         sheet.save(self.folder / f"step-{step:06d}.png")
         return sheet
+
+    def sheet(self, pipeline, step: int) -> Image.Image | None:
+        """The stage's sheet as it was drawn, by this run or before it was resumed; else it is drawn now."""
+        file, place = self.folder / f"step-{step:06d}.png", self.folder / f"step-{step:06d}"
+        wanted = {
+            f"{i:02d}-{k:02d}.png": self._made(i, k) for i in range(len(self.prompts)) for k in range(len(self.seeds))
+        }
+        there = {path.name: path for path in place.glob("*.png")}
+        if not file.is_file() or wanted != {name: _told(path) for name, path in there.items()}:
+            return self.draw(pipeline, step)
+        with Image.open(file) as image:
+            return image.convert("RGB")
+
+    def rewind(self, step: int) -> None:
+        """Drop the stages after `step`, which a resumed run draws again."""
+        for later in (found for found in self._stages() if found > step):
+            shutil.rmtree(self.folder / f"step-{later:06d}", ignore_errors=True)
+            (self.folder / f"step-{later:06d}.png").unlink(missing_ok=True)
+
+    def _made(self, prompt: int, seed: int) -> str:
+        """What an image is a function of, beside the weights."""
+        o = self.options
+        return json.dumps({
+            "prompt": self.prompts[prompt], "seed": self.seeds[seed], "steps": o.validation_inference_steps,
+            "guidance": self.guidance, "side": self.side,
+        })  # fmt: skip
 
     def compare(self, last: int) -> Path | None:
         """Write grid.png: the photos, then each prompt before, half-way and after step `last`. None without prompts."""

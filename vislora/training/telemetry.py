@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 
 import numpy as np
@@ -15,6 +17,7 @@ from accelerate.tracking import (
 )
 from accelerate.utils import LoggerType
 from PIL import Image
+from torch import Tensor
 
 from vislora.errors import InputError, near
 from vislora.handle import Handle
@@ -44,6 +47,33 @@ def alignment(cosines: Mapping[str, float]) -> tuple[dict[str, float], dict[str,
     """What `Log.write` takes of the gradient probe's {site: cosine}: (their mean, each site's)."""
     mean = sum(cosines.values()) / len(cosines)
     return {"cosine": mean}, {name: {"cosine": value} for name, value in cosines.items()}
+
+
+class Meter:
+    """From one line of the log to the next: the means of what each step gives, and the seconds of a step."""
+
+    def __init__(self):
+        self._sums: dict[str, Tensor] = {}
+        self._steps, self._since = 0, time.perf_counter()
+
+    def add(self, parts: Mapping[str, Tensor]) -> None:
+        """Take in a step's scalars; nothing waits for the device."""
+        self._sums = {name: self._sums.get(name, 0) + value.detach() for name, value in parts.items()}
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """The means and "seconds_per_step" over the steps since the last reading; begins anew."""
+        values = {name: float(value) / self._steps for name, value in self._sums.items()}
+        values["seconds_per_step"] = (time.perf_counter() - self._since) / self._steps
+        self.__init__()
+        return values
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Seconds inside are no step's."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
 
 
 def require_trackers(report_to: str) -> None:
