@@ -77,8 +77,13 @@ def keeper_of(options: DreamBoothOptions, method: Any, prompts: Sequence[str]) -
         raise InputError(_FLAG, f"no --validation_prompt holds the token {token!r}", "add some that do")
     from vislora.metrics import backbones
 
-    source = backbones.WORLD if of_world(o) else backbones.PAPERS
-    return Keeper(o, held_out, backbones.dino("s16", "full", source))
+    source, remedy = backbones.PAPERS, "let it be fetched from the hub once, or leave it out"
+    if of_world(o):
+        source, remedy = backbones.WORLD, "take a whole clone, build it by assets/build, or leave it out"
+    try:
+        return Keeper(o, held_out, backbones.dino("s16", "full", source))
+    except InputError as error:  # whose remedies are the flags of eval/
+        raise InputError(_FLAG, f"{error.subject} {error.wrong}", remedy) from error
 
 
 @dataclass(frozen=True)

@@ -87,15 +87,17 @@ class Validation:
 
     def sheet(self, pipeline, step: int) -> Image.Image | None:
         """The stage's sheet as it was drawn, by this run or before it was resumed; else it is drawn now."""
-        file, place = self.folder / f"step-{step:06d}.png", self.folder / f"step-{step:06d}"
-        wanted = {
-            f"{i:02d}-{k:02d}.png": self._made(i, k) for i in range(len(self.prompts)) for k in range(len(self.seeds))
-        }
-        there = {path.name: path for path in place.glob("*.png")}
-        if not file.is_file() or wanted != {name: _told(path) for name, path in there.items()}:
+        if not self._drawn(step):
             return self.draw(pipeline, step)
-        with Image.open(file) as image:
+        with Image.open(self.folder / f"step-{step:06d}.png") as image:
             return image.convert("RGB")
+
+    def _drawn(self, step: int) -> bool:
+        """Whether the stage is whole, and of these prompts and seeds."""
+        place, every = self.folder / f"step-{step:06d}", range(len(self.seeds))
+        wanted = {f"{i:02d}-{k:02d}.png": self._made(i, k) for i in range(len(self.prompts)) for k in every}
+        there = {path.name: _told(path) for path in place.glob("*.png")}
+        return place.with_suffix(".png").is_file() and there == wanted
 
     def rewind(self, step: int) -> None:
         """Drop the stages after `step`, which a resumed run draws again."""
@@ -113,7 +115,7 @@ class Validation:
 
     def compare(self, last: int) -> Path | None:
         """Write grid.png: the photos, then each prompt before, half-way and after step `last`. None without prompts."""
-        steps = sorted(s for s in self._stages() if s <= last)
+        steps = sorted(s for s in self._stages() if s <= last and self._drawn(s))
         if not self.prompts or not steps:
             return None
         middle = steps[len(steps) // 2]
