@@ -119,9 +119,8 @@ class ImageSet:
         """Optimizer steps of a run on so many processes: max_train_steps, or the epochs'."""
         o, batch = self.options, self.options.train_batch_size
         epoch = epoch_length(self.buckets, batch) if o.use_aspect_ratio_buckets else len(self)
-        return o.max_train_steps or o.num_train_epochs * math.ceil(epoch / (
-            batch * o.gradient_accumulation_steps * processes
-        ))  # fmt: skip
+        a_step = batch * o.gradient_accumulation_steps * processes
+        return o.max_train_steps or o.num_train_epochs * math.ceil(epoch / a_step)
 
     def draw(self, position: int, count: int, device: torch.device, bucket: int | None = None) -> Batch:
         """The batch at global positions position, position + 1, …; of the size `bucket`, None for the photos' own."""
