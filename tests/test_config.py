@@ -119,7 +119,10 @@ def test_aliases_of_method_options():
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("--learning_rat 1", "--learning_rat: unknown flag .did you mean --learning_rate"),
+        pytest.param(
+            "--learning_rat 1", "--learning_rat: unknown flag .did you mean --learning_rate",
+            marks=pytest.mark.case("C05"),
+        ),
         ("--adapter nb_lora --alpha 4", "--alpha: nb_lora has no such option -> it has --rank --p --delta --bounded"),
         ("--adapter nb_lora --lora_alpha 4", "--lora_alpha: nb_lora has no such option"),
         ("--p 2", "--p: lora has no such option -> it has --rank --alpha --dropout"),
@@ -139,8 +142,8 @@ def test_aliases_of_method_options():
         ("--max_train_steps", "--max_train_steps: got 0 values"),
         ("--instance_prompt a dog", "got 2 values -> it takes text, in quotes if it has spaces"),
         ("--targets", "--targets: got 0 values -> it takes a list of: text"),
-        ("--learning_rate -1", "learning_rate -1.0 is not positive"),
-        ("--learning_rate nan", "learning_rate nan is not positive"),
+        pytest.param("--learning_rate -1", "learning_rate -1.0 is not positive", marks=pytest.mark.case("C04")),
+        pytest.param("--learning_rate nan", "learning_rate nan is not positive", marks=pytest.mark.case("C04")),
         ("--adapter nb_lora --rank 0", "rank: 0 is below 1"),
         ("--max_train_steps " + "9" * 5000, "99' -> it takes a whole number|9 -> it takes a whole"),
     ],
@@ -221,6 +224,7 @@ def test_wrong_yaml_is_one_line_that_helps(tmp_path, text, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.case("C14")
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir [{}]", "!!python/name:os.system ''", "!custom 1"])
 def test_yaml_tags_are_refused_and_run_nothing(tmp_path, tag):
     made = tmp_path / "made"

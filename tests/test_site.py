@@ -108,11 +108,11 @@ def test_suffixes_slices_and_patterns():
 @pytest.mark.parametrize(
     "targets, words",
     [
-        ("to_qq", ("to_qq", "to_q")),
+        pytest.param("to_qq", ("to_qq", "to_q"), marks=pytest.mark.case("C02")),
         (["to_q", "to_w"], ("to_w",)),
         (["unet-attention", "to_q"], ("unet-attention", "alone")),
         ("unet-atention", ("unet-attention",)),
-        (["conv_norm_out"], ("conv_norm_out", "GroupNorm")),
+        pytest.param(["conv_norm_out"], ("conv_norm_out", "GroupNorm"), marks=pytest.mark.case("C03")),
         ("to_(", ("to_(", "regular expression")),
         ([], ("matches no layer",)),
     ],

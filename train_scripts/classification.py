@@ -32,7 +32,7 @@ from vislora import adapters, config, optim, world
 from vislora.baselines import BASELINES
 from vislora.errors import InputError, run_script
 from vislora.training import checkpoint, telemetry
-from vislora.training.cores import use_cores
+from vislora.training.cores import require_device, use_cores
 from vislora.training.dry_run import describe
 from vislora.training.random import first_position, generator
 from vislora.training.resume import require_same_run
@@ -45,6 +45,7 @@ from vislora.vision.state import Tuned
 
 def main(argv: list[str]) -> None:
     options, method = parse(argv)
+    require_device()
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
     if accelerator.mixed_precision not in ("no", "bf16"):
         wrong = f"{accelerator.mixed_precision} is not supported: two optimizers would share one loss scale"
@@ -53,7 +54,8 @@ def main(argv: list[str]) -> None:
     use_cores(accelerator.num_processes, options.cpu_threads)
 
     # Everything that can be known to be wrong is found before a model is loaded.
-    RunFolder.check(options.output_dir, options.resume_from_checkpoint)
+    data = options.dataset_name, options.source_dataset_name
+    RunFolder.check(options.output_dir, options.resume_from_checkpoint, data=data)
     with accelerator.main_process_first():  # which may download
         sets = task.load(options)
         tower = models.load(options.model_name_or_path, options.library, options.pretrained)
@@ -171,6 +173,7 @@ class Run:
                 self.seconds, self.images = self.seconds + spent, self.images + (done - logged) * self.step_images
                 values = {"loss": float(loss_sum) / (done - logged), "grad_norm": float(norm), **rates,
                           "images_per_second": (done - logged) * self.step_images / spent}  # fmt: skip
+                telemetry.require_finite(values["loss"])
                 if self.main:
                     by_site, largest = telemetry.layers(self.adapter)
                     log.write(done, values | largest, by_site)

@@ -41,7 +41,7 @@ from vislora.diffusion.verify import exported_error
 from vislora.errors import InputError, run_script
 from vislora.export import kohya_copy
 from vislora.training import checkpoint, telemetry
-from vislora.training.cores import use_cores
+from vislora.training.cores import require_device, use_cores
 from vislora.training.dry_run import describe
 from vislora.training.ema import EMA
 from vislora.training.random import first_position, generator
@@ -52,9 +52,9 @@ from vislora.training.schedule import first_rate
 
 def main(argv: list[str]) -> None:
     options, method = parse(argv)
+    require_device()
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
-    precision = accelerator.mixed_precision
-    if precision == "fp16" and accelerator.device.type == "cpu":
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("--mixed_precision", "fp16 is not supported on a CPU", "take bf16 or no")
     torch.backends.cuda.matmul.allow_tf32 = options.allow_tf32
     use_cores(accelerator.num_processes, options.cpu_threads)
@@ -66,13 +66,14 @@ def main(argv: list[str]) -> None:
     facts = facts_of(options.pretrained_model_name_or_path, options.revision)
     photos = instance_set(options, objective.require_fit(options, facts))
     keeper = keeping.keeper_of(options, method, prompts)
-    RunFolder.check(options.output_dir, options.resume_from_checkpoint)
+    where = options.output_dir, options.resume_from_checkpoint
+    RunFolder.check(*where, data={photo.path.parent for photo in photos.photos})
     if options.push_to_hub and not options.dry_run:
         publish.require_hub(options.hub_model_id)
 
     diffusion = models.load(
         options.pretrained_model_name_or_path, options.revision, options.variant,
-        models.weight_dtype(precision, method), accelerator.device, guidance=options.guidance_scale,
+        models.weight_dtype(accelerator.mixed_precision, method), accelerator.device, guidance=options.guidance_scale,
         sequence=options.max_sequence_length, noise=objective.schedule_changes(options),
         quantization=options.base_quantization,
     )  # fmt: skip
@@ -82,8 +83,7 @@ def main(argv: list[str]) -> None:
         data = f"{len(photos)} photos, first caption: {photos.captions[0]!r}"
         print(describe(adapter, data, str(estimate(options, adapter, diffusion, photos, accelerator))))
         return
-    main_process = accelerator.is_main_process
-    folder = RunFolder.create(options.output_dir, options.resume_from_checkpoint) if main_process else None
+    folder = RunFolder.create(*where) if accelerator.is_main_process else None
     (path,) = broadcast_object_list([str(folder.path) if folder else None])
     with folder or RunFolder(Path(path)) as folder:
         if next(adapter.parameters(), None) is None:

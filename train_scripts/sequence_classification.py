@@ -39,7 +39,7 @@ from vislora.language.metrics import METRICS
 from vislora.language.options import FREE_ON_RESUME
 from vislora.language.processes import require_served
 from vislora.training import checkpoint, telemetry
-from vislora.training.cores import use_cores
+from vislora.training.cores import require_device, use_cores
 from vislora.training.dry_run import describe
 from vislora.training.random import first_position, generator
 from vislora.training.resume import load_state, require_same_run, save_state
@@ -52,6 +52,7 @@ AUTO = AutoModelForSequenceClassification
 def main(argv: list[str]) -> None:
     options, method = parse(argv)
     models.quiet()
+    require_device()
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
     precision = accelerator.mixed_precision
     if precision == "fp16" and accelerator.device.type == "cpu":

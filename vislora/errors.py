@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -48,16 +49,43 @@ def near(word: str, known) -> str:
     return f" (did you mean {', '.join(hits)}?)" if hits else ""
 
 
+_GO_ON = "then go on with --resume_from_checkpoint latest"
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+def fault_of(error: BaseException) -> VisloraError | None:
+    """The machine's fault that a library's error tells of: memory, the disk, a loader or another process that ended.
+
+    None for everything else, which is a fault of the program and keeps its traceback.
+    """
+    said = next(iter(str(error).splitlines()), "")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in said:
+        remedy = "take smaller batches (with more --gradient_accumulation_steps) or --gradient_checkpointing"
+        return EnvironmentFault("memory", f"there is not enough ({said or 'none is left'})", f"{remedy}; {_GO_ON}")
+    if isinstance(error, OSError) and error.errno in _DISK:
+        wrong = f"could not be written ({error.strerror})"
+        return EnvironmentFault(str(error.filename or "a file of the run"), wrong, f"make room; {_GO_ON}")
+    if isinstance(error, RuntimeError) and "DataLoader worker" in said:
+        return EnvironmentFault("--dataloader_num_workers", f"a loader process ended ({said})",
+                                f"memory may have run out: take fewer; {_GO_ON}")
+    if isinstance(error, RuntimeError) and ("gloo" in said.lower() or type(error).__name__.startswith("Dist")):
+        wrong = f"ended, or is not heard of any more ({said})"
+        return EnvironmentFault("another process of this run", wrong, f"see what it says itself; {_GO_ON}")
+    return None
+
+
 def run_script(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
-    """Run a script's `main(argv)`: a VisloraError becomes one line on stderr and its exit status.
+    """Run a script's `main(argv)`: a VisloraError, or a fault of the machine's, becomes one line on stderr and its
+    exit status.
 
     With `--debug` among the arguments the traceback is shown instead.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
         main(argv)
-    except VisloraError as error:
-        if "--debug" in argv:
+    except Exception as error:
+        told = error if isinstance(error, VisloraError) else fault_of(error)
+        if "--debug" in argv or told is None:
             raise
-        print(f"vislora: error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+        print(f"vislora: error: {told}", file=sys.stderr)
+        raise SystemExit(told.exit_code) from None

@@ -55,6 +55,7 @@ def test_captions_follow_the_order_of_the_photos(tmp_path):
     assert captions(shots[::-1], tmp_path, None) == ["B", "A"]
 
 
+@pytest.mark.case("P08")
 def test_a_missing_caption_names_the_first_five_photos(tmp_path):
     shots = photos(tmp_path, *(f"{i}.png" for i in range(8)))
     (tmp_path / "3.txt").write_text("x")
@@ -67,6 +68,7 @@ def test_a_missing_caption_names_the_first_five_photos(tmp_path):
         captions(shots, tmp_path, "all")
 
 
+@pytest.mark.case("P09")
 def test_captions_of_absent_photos_are_one_warning(tmp_path, caplog):
     shots = photos(tmp_path, "a.png")
     (tmp_path / "a.txt").write_text("x")
@@ -87,8 +89,8 @@ def test_captions_of_absent_photos_are_one_warning(tmp_path, caplog):
 @pytest.mark.parametrize(
     "data, caption",
     [
-        (b"\xef\xbb\xbfa dog", "a dog"),
-        (b"a dog\r\nin snow\r\n", "a dog in snow"),
+        pytest.param(b"\xef\xbb\xbfa dog", "a dog", marks=pytest.mark.case("P01")),
+        pytest.param(b"a dog\r\nin snow\r\n", "a dog in snow", marks=pytest.mark.case("P04")),
         ("Zoë 👩‍👧 שלום".encode(), "Zoë 👩‍👧 שלום"),
     ],
 )
@@ -101,13 +103,19 @@ def test_text_that_is_read(tmp_path, data, caption):
 @pytest.mark.parametrize(
     "data, words",
     [
-        ("a dog".encode("utf-16"), "is UTF-16 -> save it as UTF-8"),
+        pytest.param("a dog".encode("utf-16"), "is UTF-16 -> save it as UTF-8", marks=pytest.mark.case("P02")),
         ("a dog".encode("utf-32"), "is UTF-32"),
-        ("a dog".encode("utf-16-le"), r"control character U\+0000 at character 2 -> .*UTF-16"),
-        ("Zoë".encode("cp1252"), "is not UTF-8 .byte 0xeb at offset 2. -> .*iconv -f CP1252"),
-        (b"", "is an empty caption"),
+        pytest.param(
+            "a dog".encode("utf-16-le"), r"control character U\+0000 at character 2 -> .*UTF-16",
+            marks=pytest.mark.case("P02"),
+        ),
+        pytest.param(
+            "Zoë".encode("cp1252"), "is not UTF-8 .byte 0xeb at offset 2. -> .*iconv -f CP1252",
+            marks=pytest.mark.case("P03"),
+        ),
+        pytest.param(b"", "is an empty caption", marks=pytest.mark.case("P05")),
         (b"\xef\xbb\xbf \r\n", "is an empty caption"),
-        (b"a\x1b[31mdog", r"control character U\+001B at character 2"),
+        pytest.param(b"a\x1b[31mdog", r"control character U\+001B at character 2", marks=pytest.mark.case("P07")),
         (b"a\x0cdog", r"U\+000C"),
         ("a\x85b".encode(), r"U\+0085"),
     ],
@@ -119,6 +127,7 @@ def test_text_that_is_refused(tmp_path, data, words):
         captions(shots, tmp_path, "all")
 
 
+@pytest.mark.case("P10")
 @pytest.mark.parametrize(
     "line, words",
     [
@@ -157,6 +166,7 @@ def tokenizer(limit):
     )
 
 
+@pytest.mark.case("P06")
 def test_a_lost_tail_is_shown_once_per_text(caplog):
     fits, long = "w1 w2 w3 w4 w5 w6", "w1 w2 w3 w4 w5 w6 w7 w8"
     assert len(tokenizer(8)(fits)["input_ids"]) == 8

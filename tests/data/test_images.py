@@ -26,10 +26,14 @@ def folder(tmp_path):
     return tmp_path
 
 
+case = pytest.mark.case  # the numbers of the catalogue in tests/reliability
+
+
 def said(caplog):
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+@pytest.mark.case("I08")
 def test_photos_come_sorted_with_hash_size_mode_and_format(tmp_path, caplog):
     for name in ("b.jpg", "a.png", "C.WEBP", "d.tif", "e.bmp", "f.gif"):
         Image.fromarray(np.roll(RAMP, ord(name[0]), 0)[:, :40]).save(tmp_path / name)
@@ -42,6 +46,7 @@ def test_photos_come_sorted_with_hash_size_mode_and_format(tmp_path, caplog):
     assert scan(tmp_path, 32) == photos
 
 
+@pytest.mark.case("I04")
 def test_what_is_no_photo_is_passed_over(folder, caplog):
     for name in (".DS_Store", "Thumbs.db", ".hidden.png", "a.txt", "metadata.jsonl", "labels.json"):
         (folder / name).write_bytes(b"\0not an image")
@@ -52,6 +57,7 @@ def test_what_is_no_photo_is_passed_over(folder, caplog):
     assert len(scan(folder, 32)) == 1 and "1 files that are no photos passed over: notes.md" in said(caplog)[0]
 
 
+@pytest.mark.case("I01", "I02", "I03")
 def test_folders_that_hold_nothing(tmp_path):
     with pytest.raises(InputError, match="missing: no such folder"):
         scan(tmp_path / "missing", 32)
@@ -81,30 +87,37 @@ def bomb(side):
 
 
 BAD = {
-    "zero.jpg": (b"", "is empty .0 bytes"),
-    "text.jpg": (b"hello world", "is not a JPEG, PNG"),
-    "vector.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not a JPEG, PNG"),
-    "script.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a JPEG, PNG"),
-    "avif.png": (encoded("AVIF"), "is not a JPEG, PNG"),
-    "photo.heic": (b"\0\0\0\x18ftypheic", "is a .heic file"),
-    "doc.pdf": (b"%PDF-1.4", "is a .pdf file"),
-    "bomb.png": (bomb(12_000), "is 12000x12000, more than the limit of 89478485 pixels"),
-    "worse.png": (bomb(60_000), "has more than the limit of 89478485 pixels"),
-    "float.tif": (encoded("TIFF", Image.fromarray(np.ones((40, 40), np.float32))), "holds float values"),
-    "int.tif": (encoded("TIFF", Image.fromarray(np.ones((40, 40), np.int32))), "holds signed or 32-bit values"),
-    "lab.tif": (encoded("TIFF", Image.new("LAB", (40, 40))), "holds CIELAB values"),
-    "thin.png": (encoded("PNG", Image.new("RGB", (300, 32))), "is 300x32 pixels, longer than 1:8 -> crop it"),
-    "tiny.png": (encoded("PNG", Image.new("RGB", (40, 7))), "is 40x7 pixels, less than a quarter of --resolution 32"),
+    ("zero.jpg", case("I05")): (b"", "is empty .0 bytes"),
+    ("text.jpg", case("I07")): (b"hello world", "is not a JPEG, PNG"),
+    ("vector.png", case("I24")): (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not a JPEG, PNG"),
+    ("script.jpg", case("I24")): (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a JPEG, PNG"),
+    ("avif.png", case("I19")): (encoded("AVIF"), "is not a JPEG, PNG"),
+    ("photo.heic", case("I19")): (b"\0\0\0\x18ftypheic", "is a .heic file"),
+    ("doc.pdf", case("I24")): (b"%PDF-1.4", "is a .pdf file"),
+    ("bomb.png", case("I22")): (bomb(12_000), "is 12000x12000, more than the limit of 89478485 pixels"),
+    ("worse.png", case("I22")): (bomb(60_000), "has more than the limit of 89478485 pixels"),
+    ("float.tif", case("I16")): (encoded("TIFF", Image.fromarray(np.ones((40, 40), np.float32))), "holds float values"),
+    ("int.tif", case("I16")): (
+        encoded("TIFF", Image.fromarray(np.ones((40, 40), np.int32))), "holds signed or 32-bit values",
+    ),
+    ("lab.tif", ()): (encoded("TIFF", Image.new("LAB", (40, 40))), "holds CIELAB values"),
+    ("thin.png", case("I21")): (
+        encoded("PNG", Image.new("RGB", (300, 32))), "is 300x32 pixels, longer than 1:8 -> crop it",
+    ),
+    ("tiny.png", case("I20")): (
+        encoded("PNG", Image.new("RGB", (40, 7))), "is 40x7 pixels, less than a quarter of --resolution 32",
+    ),
     **{
-        f"cut.{fmt.lower()}": (encoded(fmt)[: len(encoded(fmt)) // 2], "cannot be decoded|is not a JPEG")
+        (f"cut.{fmt.lower()}", case("I06")): (encoded(fmt)[: len(encoded(fmt)) // 2], "cannot be decoded|is not a JPEG")
         for fmt in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
     },
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_file_that_cannot_be_used_is_named(folder, name):
-    data, words = BAD[name]
+@pytest.mark.parametrize(
+    "name, data, words", [pytest.param(name, *entry, marks=number) for (name, number), entry in BAD.items()]
+)
+def test_a_file_that_cannot_be_used_is_named(folder, name, data, words):
     (folder / name).write_bytes(data)
     with pytest.raises(InputError, match=f"{name}: .*({words})") as caught:
         scan(folder, 32)
@@ -130,6 +143,7 @@ def test_damaged_bytes_anywhere_give_a_photo_or_a_named_refusal(folder):
     assert 20 < refused < 240
 
 
+@pytest.mark.case("I25")
 def test_links_and_special_files(folder, tmp_path_factory):
     outside = tmp_path_factory.mktemp("outside") / "x.png"
     PHOTO.save(outside)
@@ -147,6 +161,7 @@ def test_links_and_special_files(folder, tmp_path_factory):
         scan(folder, 32)
 
 
+@pytest.mark.case("I26")
 def test_an_unreadable_file_is_named(folder, monkeypatch):
     def denied(self):
         raise PermissionError(13, "Permission denied")
@@ -156,6 +171,7 @@ def test_an_unreadable_file_is_named(folder, monkeypatch):
         scan(folder, 32)
 
 
+@pytest.mark.case("I28")
 def test_names_of_every_kind(folder, caplog):
     names = ["🐶.png", "new\nline.png", "שלום.png", "x" * 251 + ".png", "a b'c\".png", "\x1b[31m.png"]
     for i, name in enumerate(names):
@@ -174,15 +190,24 @@ def animation(fmt):
 @pytest.mark.parametrize(
     "name, data, words",
     [
-        ("x.gif", animation("GIF"), "holds several frames"),
-        ("x.webp", animation("WEBP"), "holds several frames"),
-        ("x.png", animation("PNG"), "holds several frames"),
+        pytest.param("x.gif", animation("GIF"), "holds several frames", marks=case("I18")),
+        pytest.param("x.webp", animation("WEBP"), "holds several frames", marks=case("I18")),
+        pytest.param("x.png", animation("PNG"), "holds several frames", marks=case("I18")),
         ("x.tif", animation("TIFF"), "holds several frames"),
-        ("x.png", encoded("PNG", Image.new("RGB", (40, 20))), "is 40x20 pixels, below --resolution 32"),
-        ("x.png", encoded("PNG"), "is the same file as a.png"),
-        ("x.jpg", encoded("JPEG", exif=b"Exif\0\0garbage!"), "its EXIF block is damaged"),
+        pytest.param(
+            "x.png", encoded("PNG", Image.new("RGB", (40, 20))), "is 40x20 pixels, below --resolution 32",
+            marks=case("I20"),
+        ),
+        pytest.param("x.png", encoded("PNG"), "is the same file as a.png", marks=case("I27")),
+        pytest.param(
+            "x.jpg", encoded("JPEG", exif=b"Exif\0\0garbage!"), "its EXIF block is damaged",
+            marks=case("I31"),
+        ),
         ("x.jpg", encoded("JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\xff" * 40), "its EXIF block is damaged"),
-        ("x.jpg", encoded("JPEG", icc_profile=b"rubbish" * 30), "its colour profile is damaged"),
+        pytest.param(
+            "x.jpg", encoded("JPEG", icc_profile=b"rubbish" * 30), "its colour profile is damaged",
+            marks=case("I31"),
+        ),
         (
             "x.jpg",
             encoded("JPEG", PHOTO.convert("L"), icc_profile=images._SRGB.tobytes()),
@@ -202,6 +227,7 @@ def test_a_phones_two_picture_file_is_no_animation(folder, caplog):
     assert [p.format for p in scan(folder, 32)] == ["PNG", "MPO"] and said(caplog) == []
 
 
+@pytest.mark.case("F20", "F21")
 def test_verify_notices_a_changed_and_a_deleted_file(folder):
     (photo,) = scan(folder, 32)
     verify(photo)

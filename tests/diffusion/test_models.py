@@ -91,6 +91,7 @@ def test_half_precision_spares_the_vae_where_it_would_overflow(folder, dtype, va
     assert {weight.dtype for weight in models.vae.parameters()} == {vae}
 
 
+@pytest.mark.case("A19")
 @pytest.mark.parametrize(
     "missing",
     [
@@ -119,6 +120,7 @@ def test_a_truncated_weight_file_is_named(copy):
         check_folder(copy)
 
 
+@pytest.mark.case("A19")
 def test_a_missing_shard_is_named(copy):
     part = copy / "unet"
     (part / "diffusion_pytorch_model.safetensors").rename(part / "one.safetensors")

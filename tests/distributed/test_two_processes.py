@@ -45,6 +45,7 @@ def of(folder: Path, what: str, rank: int) -> dict[str, torch.Tensor]:
     return read(folder / f"{what}-{rank}.safetensors")[0]
 
 
+@pytest.mark.case("F32")
 @pytest.mark.parametrize("case", CASES)
 def test_both_end_with_equal_adapters(folder, case):
     first, second = (of(folder, case, rank) for rank in range(2))

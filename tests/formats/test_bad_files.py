@@ -186,6 +186,8 @@ def refused(capsys, *argv) -> str:
     return err
 
 
+@pytest.mark.case("A01", "A02", "A03", "A04", "A05", "A06", "A07", "A08", "A09")
+@pytest.mark.case("A10", "A11", "A13", "A14", "A15", "A16", "A17", "A18")
 @pytest.mark.parametrize("case", CASES)
 def test_refused_in_one_line(case, tmp_path, capsys):
     make, words = CASES[case]
@@ -200,6 +202,7 @@ def test_refused_in_one_line(case, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.case("A20")
 def test_hostile_metadata_is_harmless(tmp_path, capsys):
     """A20: megabytes and escapes in a header change nothing."""
     made = layers()
@@ -240,6 +243,7 @@ def saved(model, folder, format=None):
     return pipe, path
 
 
+@pytest.mark.case("A12")
 @pytest.mark.parametrize("format", [None, "diffusers", "kohya"])
 def test_a12_right_shapes_of_another_base(format, model, tmp_path, capsys):
     _, path = saved(model, tmp_path / "a", format)
@@ -255,6 +259,7 @@ def test_a12_right_shapes_of_another_base(format, model, tmp_path, capsys):
         assert vislora.load(pipe, path, allow_other_base=True).sites
 
 
+@pytest.mark.case("A08", "A09")
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
 def test_a08_and_a09_layers_missing_and_too_many(format, model, tmp_path, capsys):
     """A file of other tools does not say which layers it should have; the certificate does, and the model does."""
@@ -275,6 +280,7 @@ def test_a08_and_a09_layers_missing_and_too_many(format, model, tmp_path, capsys
         vislora.load(pipe, path)
 
 
+@pytest.mark.case("A19")
 def test_a19_a_base_of_which_a_part_is_missing(model, tmp_path, capsys):
     _, path = saved(model, tmp_path / "a")
     capsys.readouterr()

@@ -243,6 +243,7 @@ def test_conversations(run, place):
     assert said["prompt"] == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
+@pytest.mark.case("F27")
 def test_a_run_that_diverges_stops_before_it_spoils_anything(run, script, place, capsys, monkeypatch):
     original = script.Run.backward
     monkeypatch.setattr(

@@ -202,6 +202,7 @@ def test_dry_run_writes_nothing(run, place, capsys):
     assert "3 photos" in said and {p.name for p in place.iterdir()} == {"photos"}
 
 
+@pytest.mark.case("I01", "I02", "I03", "I06", "I07", "C01", "C02", "C04", "C05", "C08", "C09", "C10")
 def test_bad_input_gets_one_line_and_writes_nothing(run, place, capsys, model):
     (place / "empty").mkdir()
     (place / "texts").mkdir()
@@ -248,6 +249,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(run, place, capsys, model):
         assert all(word in line for word in words), line
 
 
+@pytest.mark.case("C13")
 def test_resuming_with_changed_settings_lists_them(run, capsys):
     run("--output_dir", "out", "--checkpointing_steps", "1")
     resume = ("--output_dir", "out", "--resume_from_checkpoint", "latest")

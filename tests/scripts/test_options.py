@@ -269,6 +269,7 @@ def test_metrics_go_to_accelerates_trackers(run, monkeypatch, capsys):
     assert any("tfevents" in file.name for file in Path("out/logs").iterdir())
 
 
+@pytest.mark.case("C06")
 def test_bad_values_get_one_line(run, capsys, place, monkeypatch):
     nowhere = ("--pretrained_model_name_or_path", "nowhere/at/all")
     for flags, words in (

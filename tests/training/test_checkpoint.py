@@ -104,6 +104,7 @@ def forked_kill(root, stop, value, step):
     os._exit(0)
 
 
+@pytest.mark.case("F01", "F02", "F03", "F04", "F05", "F06", "F07", "F08")
 @pytest.mark.parametrize("again", [5, 6], ids=["same step", "next step"])
 def test_a_kill_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path, again):
     kills = 0
@@ -138,6 +139,7 @@ def test_temporary_folders_of_living_processes_stay_and_of_dead_ones_go(tmp_path
     assert (tmp_path / ".checkpoint-notes").exists()
 
 
+@pytest.mark.case("F18")
 def test_a_full_disk_keeps_the_older_one_and_says_so(tmp_path, monkeypatch):
     save(tmp_path, 5, weights(1), {}, None)
     for place in ("fsync", "rename"):
@@ -180,6 +182,7 @@ DAMAGE = [
 ]  # its middle may be white space
 
 
+@pytest.mark.case("F22", "F23", "F24")
 @pytest.mark.parametrize("name, damage", DAMAGE, ids=[f"{n}-{i}" for i, (n, _) in enumerate(DAMAGE)])
 def test_a_damaged_newest_gives_way_to_the_next_older_with_one_warning(tmp_path, caplog, name, damage):
     for step in (1, 2, 3):
@@ -216,6 +219,7 @@ def test_a_path_is_taken_as_given_or_under_the_root_and_a_missing_one_names_thos
         resolve(tmp_path, str(tmp_path))
 
 
+@pytest.mark.case("F40")
 def test_a_hostile_manifest_reaches_no_file_outside_and_strangers_are_never_opened(tmp_path):
     path = save(tmp_path, 1, weights(1), {}, None)
     (path / "evil.pkl").write_bytes(b"\x80\x04cos\nsystem\n")

@@ -75,6 +75,7 @@ def test_names_of_the_files():
     ]
 
 
+@pytest.mark.case("C10")
 def test_a_folder_that_holds_a_run_or_strangers_is_refused_and_untouched(tmp_path):
     held = finished(tmp_path / "a")
     (tmp_path / "b").mkdir()
@@ -120,6 +121,7 @@ def test_resume_needs_a_run_that_is_there(tmp_path):
     assert RunFolder.create(None, elsewhere, tmp_path / "runs").path == tmp_path / "runs" / "0001"
 
 
+@pytest.mark.case("F25", "F26")
 def test_a_second_run_in_the_folder_is_refused_and_a_dead_one_is_no_obstacle(tmp_path):
     held = finished(tmp_path / "a")
 
@@ -178,6 +180,7 @@ def test_log_appends_strict_json_and_rewind_cuts_what_came_later(tmp_path):
     assert folder.lines_file.read_text().endswith('{"step": 4}\n')
 
 
+@pytest.mark.case("F38")
 def test_a_log_that_cannot_be_written_warns_once(tmp_path, caplog):
     folder = RunFolder(tmp_path)
     folder.lines_file.mkdir()
@@ -216,6 +219,7 @@ def test_a_signal_sets_the_flag_and_handlers_come_back(number, status, capfd):
     assert not InterruptFlag()
 
 
+@pytest.mark.case("F14")
 @pytest.mark.parametrize("second, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_the_second_signal_ends_the_process_at_once(second, status):
 

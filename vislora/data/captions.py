@@ -59,6 +59,21 @@ def captions(photos: Sequence[Photo], folder: str | Path, instance_prompt: str |
     return [named[key] for key in keys]
 
 
+def warn_of_token(texts: Sequence[str], instance_prompt: str | None, class_prompt: str | None, where: str) -> None:
+    """One warning where captions lack the token, which is what the instance prompt says and the class prompt does not:
+    what is learnt from such photos is the class. Nothing where one of the prompts is not given."""
+    if instance_prompt is None or class_prompt is None:
+        return
+    token = [word for word in instance_prompt.split() if word not in class_prompt.split()]
+    if not token:
+        _warn(f"{where}: the instance prompt has no word that the class prompt lacks -> add a token, such as sks")
+        return
+    lacking = [text for text in texts if not {*token} <= {*text.replace(",", " ").replace(".", " ").split()}]
+    if lacking:
+        _warn(f"{where}: {len(lacking)} of {len(texts)} captions lack the token {' '.join(token)!r}, first "
+              f"{lacking[0]!r}")
+
+
 def check_tokens(tokenizer: Any, texts: Sequence[str], source: str | Sequence[str], limit: int | None = None) -> int:
     """Warn of each different text that is longer than the tokenizer's limit, showing the tail that the model never
     sees; returns how many there are. `tokenizer` is a transformers one; `source` names where all texts, or each, are

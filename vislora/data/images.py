@@ -24,6 +24,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow's other decode
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 UNSUPPORTED = {".heic", ".heif", ".avif", ".eps", ".ps", ".pdf", ".svg", ".psd", ".jxl", ".jp2", ".ico", ".tga", ".ppm",
                ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".exr", ".hdr"}
+ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}  # which nothing here unpacks
 SIDECARS = {".txt", ".json", ".jsonl"}
 MASK = "-masklabel"  # ends the stem of a mask beside its photo, as OneTrainer has it
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB; Pillow's own threshold
@@ -64,7 +65,8 @@ def scan(folder: str | Path, resolution: int) -> list[Photo]:
     if not folder.exists():
         raise InputError(str(folder), "no such folder", "name a folder of photos")
     if not folder.is_dir():
-        raise InputError(str(folder), "is not a folder", "name the folder that holds the photos")
+        kind = "an archive, which is not unpacked" if folder.suffix.lower() in ARCHIVES else "not a folder"
+        raise InputError(str(folder), f"is {kind}", "name the folder that holds the photos")
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
@@ -79,6 +81,8 @@ def scan(folder: str | Path, resolution: int) -> list[Photo]:
             continue
         if kind in UNSUPPORTED:
             raise InputError(str(path), f"is a {kind} file", _CONVERT)
+        if kind in ARCHIVES:
+            raise InputError(str(path), "is an archive, which is not unpacked", "unpack it yourself and remove it")
         if kind not in EXTENSIONS:
             others.append(name)
             continue

@@ -167,7 +167,9 @@ def instance_set(options: DreamBoothOptions, resolution: int) -> ImageSet:
         found = scan(concept.instance_data_dir, resolution)
         photos += found
         own = concept.instance_prompt, options.caption_column
-        texts += captioning.captions(found, concept.instance_data_dir, *own)
+        said = captioning.captions(found, concept.instance_data_dir, *own)
+        captioning.warn_of_token(said, concept.instance_prompt, concept.class_prompt, concept.instance_data_dir)
+        texts += said
         classes += [concept.class_prompt] * len(found)
     masks = find_masks(photos, options.conditioning_data_dir) if options.masked_loss else None
     return ImageSet(photos, texts, options, "instance", classes, masks, options.caption_dropout)

@@ -1,10 +1,12 @@
-"""How many CPU threads a script computes with."""
+"""What a script computes with: its device, and how many CPU threads."""
 
 from __future__ import annotations
 
 import os
 
 import torch
+
+from vislora.errors import InputError
 
 
 def use_cores(processes: int, threads: int | None) -> None:
@@ -18,3 +20,12 @@ def use_cores(processes: int, threads: int | None) -> None:
             return
         threads = max(1, len(os.sched_getaffinity(0)) // processes)
     torch.set_num_threads(threads)
+
+
+def require_device() -> None:
+    """InputError where a launcher started more processes on this machine than it has GPUs."""
+    mine, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if there and mine >= there and not on_cpu:
+        wrong = f"process {mine + 1} of this machine has no GPU: there are {there}"
+        raise InputError("--num_processes", wrong, f"launch {there} a machine, or add --cpu to the launcher's flags")

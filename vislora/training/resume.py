@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vislora.distributed import processes
 from vislora.errors import InputError
 from vislora.handle import Handle
+from vislora.io import require_finite
 from vislora.measure import fingerprint
 from vislora.training import checkpoint
 from vislora.training.optimizer_state import load_optimizer, optimizer_tensors
@@ -23,6 +25,14 @@ def require_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], free: Col
     if off:
         remedy = "give the run's own settings (--config RUN/config.yaml), or start a new run"
         raise InputError("--resume_from_checkpoint", f"{len(off)} settings changed: {'; '.join(off[:6])}", remedy)
+
+
+def require_same_processes(saved: checkpoint.Checkpoint) -> None:
+    """Raise InputError unless as many processes go on as began: with others, a step would be of other samples."""
+    began = saved.state.get("processes", processes())
+    if began != processes():
+        wrong = f"the run has {began} processes, here are {processes()}"
+        raise InputError(str(saved.path), wrong, f"start it with {began} processes")
 
 
 def save_state(
@@ -39,6 +49,7 @@ def save_state(
     """Commit a checkpoint of everything that `load_state` brings back; `about` is JSON-able and comes back as it is.
 
     more: {file's stem: tensors} of the script's own, such as an average's.
+    Raises InputError, and writes nothing, where the adapter is not finite.
     """
     moments, rest = optimizer_tensors(optimizer, list(adapter.named_parameters()))
     state = {
@@ -48,8 +59,10 @@ def save_state(
         "scaler": scaler.state_dict() if scaler is not None else None,
         "adapter_step": adapter.step,
         "base": fingerprint(adapter),
+        "processes": processes(),
     }
     tensors = {"adapter": dict(adapter.named_tensors()), "optimizer": moments, **(more or {})}
+    require_finite(tensors["adapter"], f"the adapter at step {step}")
     return checkpoint.save(root, step, tensors, state, limit)
 
 
@@ -61,6 +74,7 @@ def load_state(
     scaler: torch.amp.GradScaler | None,
 ) -> None:
     """Bring a run back to the step after which `saved` was made. Raises InputError if it is of another adapter."""
+    require_same_processes(saved)
     adapter.load_tensors(saved.tensors["adapter"])
     load_optimizer(optimizer, list(adapter.named_parameters()), saved.tensors["optimizer"], saved.state["optimizer"])
     schedule = saved.state["schedule"]

@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +74,13 @@ class RunFolder:
         return folder
 
     @classmethod
-    def check(cls, output_dir: str | None, resume: str | None, root: str | Path = "runs") -> None:
-        """Raise what `create` would raise for these arguments, as far as it can be known without writing."""
+    def check(cls, output_dir: str | None, resume: str | None, root: str | Path = "runs",
+              data: Iterable[str | Path | None] = ()) -> None:
+        """Raise what `create` would, as far as it can be known without writing; InputError too where the run would
+        write into one of the folders `data`, whose content is taken for data."""
+        for place, folder in ((Path(output_dir or root), Path(name)) for name in data if name):
+            if folder.is_dir() and place.resolve().is_relative_to(folder.resolve()):
+                raise InputError(f"--output_dir {place}", f"lies in the data folder {folder}", "choose one outside")
         if output_dir is not None:
             cls(Path(output_dir))._check(resume)
         elif resume == "latest":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -19,12 +21,13 @@ from accelerate.utils import LoggerType
 from PIL import Image
 from torch import Tensor
 
-from vislora.errors import InputError, near
+from vislora.errors import InputError, near, printable
 from vislora.handle import Handle
 from vislora.measure import norms
 from vislora.training.run import RunFolder
 
 _PLAIN = ("none", "all")
+_log = logging.getLogger("vislora")
 
 
 def layers(adapter: Handle) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
@@ -62,8 +65,10 @@ class Meter:
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """The means and "seconds_per_step" over the steps since the last reading; begins anew."""
+        """The means and "seconds_per_step" over the steps since the last reading; begins anew. InputError where the
+        loss is not finite."""
         values = {name: float(value) / self._steps for name, value in self._sums.items()}
+        require_finite(values["loss"])
         values["seconds_per_step"] = (time.perf_counter() - self._since) / self._steps
         self.__init__()
         return values
@@ -74,6 +79,13 @@ class Meter:
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
+
+
+def require_finite(loss: float) -> None:
+    """InputError for a mean of losses that is not finite: the run has diverged, and goes on for nothing."""
+    if not math.isfinite(loss):
+        remedy = "lower it, or warm up longer; what was saved before is finite"
+        raise InputError("--learning_rate", f"the loss is {loss}: the run diverged", remedy)
 
 
 def require_trackers(report_to: str) -> None:
@@ -97,32 +109,49 @@ class Log:
         for kind in filter_trackers([] if report_to == "none" else report_to, folder.logs):
             make = LOGGER_TYPE_TO_CLASS[str(kind)]
             self.trackers.append(make("", folder.logs) if make is TensorBoardTracker else _other(make, folder))
-        for tracker in self.trackers:
+
+        def start(tracker: GeneralTracker) -> None:
             tracker.start()
             if settings is not None and not isinstance(tracker, TensorBoardTracker):  # it would log a run of its own
                 tracker.store_init_configuration(dict(settings))
+
+        self._each(start)
+
+    def _each(self, act: Callable[[GeneralTracker], None]) -> None:
+        """`act` on every tracker. One that fails (no network, a full disk) is told of and left out from then on: the
+        run goes on, and its own files hold the same numbers."""
+        for tracker in list(self.trackers):
+            try:
+                act(tracker)
+            except Exception as error:  # whatever a tracker's library raises
+                self.trackers.remove(tracker)
+                wrong = printable(f"--report_to {tracker.name}: failed ({error!r:.200})")
+                _log.warning("%s -> the run goes on without it", wrong)
 
     def __enter__(self) -> Log:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for tracker in self.trackers:
-            tracker.finish()
+        self._each(lambda tracker: tracker.finish())
 
     def write(self, step: int, values: Mapping[str, float], by_site: Mapping[str, Mapping[str, float]]) -> None:
         """Log scalars, and under "layers" what `layers` measured of each site."""
         self.folder.log(step, {**values, "layers": by_site})
         flat = {f"{key}/{site}": value for site, measured in by_site.items() for key, value in measured.items()}
-        for tracker in self.trackers:
-            tracker.log({**values, **flat}, step=step)
+        self._each(lambda tracker: tracker.log({**values, **flat}, step=step))
 
     def images(self, step: int, title: str, image: Image.Image | None) -> None:
         """Put a sheet of images beside the curves, where the tracker has a place for it."""
-        for tracker in self.trackers if image is not None else ():
+        if image is None:
+            return
+
+        def put(tracker: GeneralTracker) -> None:
             if isinstance(tracker, TensorBoardTracker):
                 tracker.log_images({title: np.asarray(image.convert("RGB"))[None]}, step, dataformats="NHWC")
             elif hasattr(tracker, "log_images"):
                 tracker.log_images({title: [image]}, step=step)
+
+        self._each(put)
 
 
 def _other(make: type, folder: RunFolder) -> GeneralTracker:

@@ -13,12 +13,15 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from vislora import optim
+from vislora.distributed import processes
 from vislora.errors import InputError
 from vislora.handle import Handle
+from vislora.io import require_finite
 from vislora.measure import fingerprint
 from vislora.training import checkpoint
 from vislora.training.ema import EMA
 from vislora.training.optimizer_state import load_optimizer, optimizer_tensors
+from vislora.training.resume import require_same_processes
 from vislora.training.schedule import by_name, first_rate
 from vislora.vision.options import ClassificationOptions
 
@@ -113,13 +116,16 @@ class Tuned:
                 for name, s in self.schedulers.items()
             },
             "best": {"accuracy": self.best.accuracy, "step": self.best.step}, "base": fingerprint(self.adapter),
+            "processes": processes(),
         }  # fmt: skip
+        require_finite(files["tuned"], f"the model at step {step}")
         return checkpoint.save(root, step, files, state, self.options.checkpoints_total_limit)
 
     def load(self, saved: checkpoint.Checkpoint) -> None:
         """Bring the run back to the step after which `saved` was made. InputError if it is of another run."""
         if saved.state["optimizers"].keys() != self.optimizers.keys():
             raise InputError(str(saved.path), "is of a run that trains other parts", "resume with its own --adapter")
+        require_same_processes(saved)
         self.load_tensors(saved.tensors["tuned"])
         for name, optimizer in self.optimizers.items():
             tensors = saved.tensors[f"optimizer_{name}"]
