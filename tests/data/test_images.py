@@ -86,36 +86,36 @@ def bomb(side):
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
 
 
-BAD = {
-    ("zero.jpg", case("I05")): (b"", "is empty .0 bytes"),
-    ("text.jpg", case("I07")): (b"hello world", "is not a JPEG, PNG"),
-    ("vector.png", case("I24")): (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not a JPEG, PNG"),
-    ("script.jpg", case("I24")): (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a JPEG, PNG"),
-    ("avif.png", case("I19")): (encoded("AVIF"), "is not a JPEG, PNG"),
-    ("photo.heic", case("I19")): (b"\0\0\0\x18ftypheic", "is a .heic file"),
-    ("doc.pdf", case("I24")): (b"%PDF-1.4", "is a .pdf file"),
-    ("bomb.png", case("I22")): (bomb(12_000), "is 12000x12000, more than the limit of 89478485 pixels"),
-    ("worse.png", case("I22")): (bomb(60_000), "has more than the limit of 89478485 pixels"),
-    ("float.tif", case("I16")): (encoded("TIFF", Image.fromarray(np.ones((40, 40), np.float32))), "holds float values"),
-    ("int.tif", case("I16")): (
+BAD = [  # name, case, content, words of the refusal
+    ("zero.jpg", case("I05"), b"", "is empty .0 bytes"),
+    ("text.jpg", case("I07"), b"hello world", "is not a JPEG, PNG"),
+    ("vector.png", case("I24"), b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not a JPEG, PNG"),
+    ("script.jpg", case("I24"), b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a JPEG, PNG"),
+    ("avif.png", case("I19"), encoded("AVIF"), "is not a JPEG, PNG"),
+    ("photo.heic", case("I19"), b"\0\0\0\x18ftypheic", "is a .heic file"),
+    ("doc.pdf", case("I24"), b"%PDF-1.4", "is a .pdf file"),
+    ("bomb.png", case("I22"), bomb(12_000), "is 12000x12000, more than the limit of 89478485 pixels"),
+    ("worse.png", case("I22"), bomb(60_000), "has more than the limit of 89478485 pixels"),
+    ("float.tif", case("I16"), encoded("TIFF", Image.fromarray(np.ones((40, 40), np.float32))), "holds float values"),
+    ("int.tif", case("I16"), 
         encoded("TIFF", Image.fromarray(np.ones((40, 40), np.int32))), "holds signed or 32-bit values",
     ),
-    ("lab.tif", ()): (encoded("TIFF", Image.new("LAB", (40, 40))), "holds CIELAB values"),
-    ("thin.png", case("I21")): (
+    ("lab.tif", (), encoded("TIFF", Image.new("LAB", (40, 40))), "holds CIELAB values"),
+    ("thin.png", case("I21"), 
         encoded("PNG", Image.new("RGB", (300, 32))), "is 300x32 pixels, longer than 1:8 -> crop it",
     ),
-    ("tiny.png", case("I20")): (
+    ("tiny.png", case("I20"), 
         encoded("PNG", Image.new("RGB", (40, 7))), "is 40x7 pixels, less than a quarter of --resolution 32",
     ),
-    **{
-        (f"cut.{fmt.lower()}", case("I06")): (encoded(fmt)[: len(encoded(fmt)) // 2], "cannot be decoded|is not a JPEG")
+    *(
+        (f"cut.{fmt.lower()}", case("I06"), encoded(fmt)[: len(encoded(fmt)) // 2], "cannot be decoded|is not a JPEG")
         for fmt in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-    },
-}
+    ),
+]
 
 
 @pytest.mark.parametrize(
-    "name, data, words", [pytest.param(name, *entry, marks=number) for (name, number), entry in BAD.items()]
+    "name, data, words", [pytest.param(name, *rest, marks=number) for name, number, *rest in BAD]
 )
 def test_a_file_that_cannot_be_used_is_named(folder, name, data, words):
     (folder / name).write_bytes(data)
