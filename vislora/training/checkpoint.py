@@ -55,9 +55,9 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def write_synced(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 and fsync the file."""
-    with path.open("w", encoding="utf-8") as file:
+def write_synced(path: Path, text: str, mode: str = "w") -> None:
+    """Write `text` as UTF-8 ("a": behind what is there) and fsync the file."""
+    with path.open(mode, encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -221,7 +221,7 @@ def locate(root: Path, which: str) -> Path:
     if which == "latest":
         if not names:
             raise InputError(f"{flag} latest", f"{root} holds no checkpoint",
-                             "leave the flag out to start anew, or name a checkpoint's folder")
+                             "start anew in another --output_dir, or name a checkpoint's folder")
         return root / names[0]
     for path in (Path(which), root / which):
         if path.is_dir() and _candidates(path):

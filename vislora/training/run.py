@@ -203,8 +203,7 @@ class RunFolder:
         """Append {"step": step, **values} to metrics.jsonl. When it cannot be written: one warning, and on."""
         line = json.dumps({"step": step, **_finite(values)}, allow_nan=False) + "\n"
         try:
-            with self.lines_file.open("a", encoding="utf-8") as file:
-                file.write(line)
+            checkpoint.write_synced(self.lines_file, line, "a")
         except OSError as error:
             if not self._log_failed:
                 log.warning("%s: cannot be written (%s) -> the run goes on without it",
