@@ -74,6 +74,13 @@ def fault_of(error: BaseException) -> VisloraError | None:
     return None
 
 
+def _close_bars() -> None:
+    """End the lines of progress bars, in which the cursor still stands."""
+    if "tqdm" in sys.modules:
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
+
+
 def run_script(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Run a script's `main(argv)`: a VisloraError, or a fault of the machine's, becomes one line on stderr and its
     exit status.
@@ -87,5 +94,6 @@ def run_script(main: Callable[[list[str]], None], argv: list[str] | None = None)
         told = error if isinstance(error, VisloraError) else fault_of(error)
         if "--debug" in argv or told is None:
             raise
+        _close_bars()
         print(f"vislora: error: {told}", file=sys.stderr)
         raise SystemExit(told.exit_code) from None

@@ -1,6 +1,6 @@
 """Runs of scripts in processes of their own that start in no time: a server that has imported everything forks them.
 
-    with Server() as server:
+    with Server("causal_lm") as server:
         pid = server.start("causal_lm", ["--adapter", "lora"], cwd, faults=[["kill_at", {"watch": "out", "event": 7}]])
         status = server.wait(pid)
 
@@ -22,7 +22,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Server:
-    """Forks runs on request. `log(pid)` is what a run has said."""
+    """Forks runs on request; scripts that are not named at its start are imported when they are first asked for.
+    `log(pid)` is what a run has said."""
 
     def __init__(self, *scripts: str):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1",
@@ -92,6 +93,8 @@ def serve(names: list[str]) -> None:
         if "wait" in ask:
             print(ended(ask["wait"], ask["seconds"]), flush=True)
             continue
+        if ask["script"] not in scripts:
+            scripts[ask["script"]] = load(ask["script"])
         pid = os.fork()
         if pid:
             print(pid, flush=True)

@@ -1,0 +1,165 @@
+"""Faults that end processes: kills in a save, a second SIGINT, loaders and other processes of a run that die."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+import pytest
+from reliability.campaign import SCRIPTS as CAMPAIGNS
+from reliability.campaign import Campaign
+from reliability.forks import Server
+from reliability.plays import SCRIPTS, require_equal, stage, state, words
+
+from vislora.training import checkpoint
+
+case = pytest.mark.case
+RESUME = ("--resume_from_checkpoint", "latest")
+BATCH = {"causal_lm": "--per_device_train_batch_size", "sequence_classification": "--per_device_train_batch_size"}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server("causal_lm") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return stage(tmp_path_factory.mktemp("stage"))
+
+
+def start_two(server, place, name, *flags, faults=((), ())) -> list[int]:
+    """Two processes of one run, by gloo; the faults of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    loopback = next((word for word in os.listdir("/sys/class/net") if word.startswith("lo")), "lo")
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": loopback}
+    argv = [*words(name, *flags), "--cpu_threads", "1"]
+    ranks = [{**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    return [server.start(name, argv, place, faults=own, env=rank) for own, rank in zip(faults, ranks, strict=True)]
+
+
+def two(server, place, name, *flags) -> None:
+    """The same, and both end well."""
+    pids = start_two(server, place, name, *flags)
+    assert [server.wait(pid) for pid in pids] == [0, 0], "\n".join(server.log(pid)[-2000:] for pid in pids)
+
+
+def error_of(said: str) -> str:
+    """The one line that a run has ended with."""
+    found = [line for line in said.splitlines() if line.startswith("vislora: error:")]
+    assert len(found) == 1 and "Traceback" not in said, said[-2000:]
+    return found[0]
+
+
+@case("F01", "F02", "F03", "F04", "F05", "F06", "F07", "F08")
+def test_kills_at_file_boundaries_lose_nothing(server, tmp_path):
+    """One kill at each class of boundary; `python tests/reliability/campaign.py` makes all of them."""
+    campaign = Campaign(server, "causal_lm", tmp_path / "runs")
+    kinds = [event[1:3] for event in campaign.events]
+    folder, rename = (
+        next(n for n, (kind, name) in enumerate(kinds, 1) if kind == word and name.startswith(".checkpoint-3"))
+        for word in ("os.mkdir", "os.rename")
+    )
+    inside = {kinds[n - 1][1]: n for n in range(rename - 1, folder, -1)}  # the first event of each file of step 3's
+    points = [
+        (folder, "before"), (inside["adapter.safetensors"], "before"), (inside["optimizer.safetensors"], "torn"),
+        (inside["state.json"], "unsynced"), (inside["manifest.json"], "torn"), (rename, "before"),
+        (rename + 1, "unsynced"), (rename + 2, "before"),
+    ]  # fmt: skip
+    assert kinds[rename][0] == "shutil.rmtree"  # the oldest goes after the newest stands
+    for point in points:
+        campaign.kill_at(*point)
+    assert campaign.verdict.kills.total() == len(points) and not campaign.verdict.lost + campaign.verdict.wrong
+
+
+def test_the_judge_sees_a_lost_checkpoint_and_a_wrong_resume(server, tmp_path, monkeypatch):
+    campaign = Campaign(server, "causal_lm", tmp_path / "runs")
+    run = server.run
+
+    def spoiled(script, argv, place, faults=()):
+        done = run(script, argv, place, faults)
+        if not faults and "resumed" in done[1]:
+            return done[0], done[1].replace("at step 2", "at step 1")
+        return done
+
+    monkeypatch.setattr(server, "run", spoiled)
+    campaign.whole["log"] = []
+    event = next(n for n, e in enumerate(campaign.events, 1) if e[2].startswith(".checkpoint-3") and e[1] == "os.rename")
+    campaign.kill_at(event, "before")
+    assert len(campaign.verdict.lost) == 1 and "2 was complete" in campaign.verdict.lost[0]
+    assert campaign.verdict.wrong == [f"before-{event}: another result"]
+
+
+@case("F14")
+def test_a_second_interrupt_ends_at_once_and_the_checkpoint_before_it_stands(server, place):
+    argv = words("causal_lm", "--max_train_steps", "5", "--output_dir")
+    assert server.run("causal_lm", [*argv, "calm"], place)[0] == 0
+    status, said = server.run("causal_lm", [*argv, "torn"], place, faults=[["signals_at", {"step": 2, "numbers": [2, 2]}]])
+    assert status == 130 and "Traceback" not in said
+    assert checkpoint.resolve(place / "torn" / "checkpoints", "latest").name == "checkpoint-2"
+    assert server.run("causal_lm", [*argv, "torn", *RESUME], place)[0] == 0
+    require_equal(state(place / "calm", 5), state(place / "torn", 5))
+
+
+@case("F30")
+def test_a_loader_that_is_killed_ends_the_run_in_one_line(server, place):
+    argv = words("classification", "--max_train_steps", "6", "--dataloader_num_workers", "1", "--output_dir")
+    assert server.run("classification", [*argv, "loaded"], place)[0] == 0
+    start = time.monotonic()
+    pid = server.start("classification", [*argv, "killed"], place, faults=[["loader_dies", {"position": 14}]])
+    assert server.wait(pid, 60) == 3 and time.monotonic() - start < 30
+    assert "--dataloader_num_workers: a loader process ended" in error_of(server.log(pid))
+    assert server.run("classification", [*argv, "killed", *RESUME], place)[0] == 0
+    require_equal(state(place / "loaded", 6), state(place / "killed", 6))
+
+
+@case("F31", "F33")
+def test_a_process_that_dies_ends_the_others_and_only_as_many_go_on(server, place):
+    flags = ("--max_train_steps", "5", "--output_dir")
+    two(server, place, "causal_lm", *flags, "both")
+    start = time.monotonic()
+    pids = start_two(server, place, "causal_lm", *flags, "widowed", faults=((), [["dies_at", {"step": 3}]]))
+    assert [server.wait(pid, 90) for pid in pids] == [3, -9] and time.monotonic() - start < 60
+    assert "another process of this run: ended, or is not heard of any more" in error_of(server.log(pids[0]))
+    assert checkpoint.resolve(place / "widowed" / "checkpoints", "latest").name == "checkpoint-3"
+    status, said = server.run("causal_lm", words("causal_lm", *flags, "widowed", *RESUME), place)
+    assert status == 2 and "the run has 2 processes, here are 1 -> start it with 2 processes" in error_of(said)
+    two(server, place, "causal_lm", *flags, "widowed", *RESUME)
+    require_equal(state(place / "both", 5), state(place / "widowed", 5))
+
+
+@case("F33")
+@pytest.mark.parametrize("name", ["classification", "dreambooth"])
+def test_a_run_of_one_process_is_not_gone_on_with_by_two(server, place, name):
+    out = f"alone-{name}"
+    assert server.run(name, words(name, "--max_train_steps", "2", "--output_dir", out), place)[0] == 0
+    before = state(place / out, 2)
+    pids = start_two(server, place, name, "--max_train_steps", "2", "--output_dir", out, *RESUME)
+    assert server.wait(pids[0]) == 2 and server.wait(pids[1]) != 0
+    assert "the run has 1 processes, here are 2" in error_of(server.log(pids[0]))
+    require_equal(before, state(place / out, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_processes_make_the_steps_of_one_with_twice_the_batch(server, place, name):
+    flag = BATCH.get(name, "--train_batch_size")
+    for out, batch in (("one", "4"), ("two", "2")):
+        flags = ("--max_train_steps", "3", flag, batch, "--output_dir", f"{name}-{out}")
+        if out == "two":
+            two(server, place, name, *flags)
+        else:
+            assert server.run(name, words(name, *flags), place)[0] == 0
+    one, both = (state(place / f"{name}-{out}", 3) for out in ("one", "two"))
+    assert one.keys() == both.keys()
+    for key, tensor in one.items():
+        if "optimizer" not in key:
+            assert (tensor - both[key]).abs().max() < 1e-4 * max(1.0, float(tensor.abs().max())), key
+
+
+def test_what_the_campaign_runs_are_the_scripts():
+    assert set(CAMPAIGNS) <= set(SCRIPTS)
