@@ -37,8 +37,7 @@ def main(argv: list[str]) -> None:
     sweep.mkdir(parents=True, exist_ok=True)
     runner = Runner(plan, sweep, ROOT)
     # Rows need their method's tuning, whatever subjects and seeds are asked for.
-    of_method = {name: value for name, value in args.only.items() if name == "method"}
-    tuning = [cell for cell in plan.tuning_cells() if cell.matches(of_method)]
+    tuning = plan.tuning_cells(args.only.get("method"))
     if args.report:
         return report(plan, sweep, tuning, args.only)
     if args.dry_run:
@@ -174,6 +173,9 @@ def choices(plan: Plan, sweep: Path, tuning: list[Cell], partly: bool = False) -
                 tried = setting.values_for(method)
                 edge = len(tried) > 1 and value in (tried[0], tried[-1])
                 print(f"{method}: {setting.name} = {value}, by {setting.by}{' (at the end of its list)' * edge}")
+        for method, other in setting.like.items():
+            if setting.name in chosen.get(other, {}):
+                chosen.setdefault(method, {})[setting.name] = chosen[other][setting.name]
     return chosen
 
 
