@@ -45,7 +45,7 @@ from vislora.vision.state import Tuned
 
 def main(argv: list[str]) -> None:
     options, method = parse(argv)
-    require_device()
+    require_device(whole_model=True)
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
     if accelerator.mixed_precision not in ("no", "bf16"):
         wrong = f"{accelerator.mixed_precision} is not supported: two optimizers would share one loss scale"

@@ -52,7 +52,7 @@ from vislora.training.schedule import first_rate
 
 def main(argv: list[str]) -> None:
     options, method = parse(argv)
-    require_device()
+    require_device(whole_model=True)
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("--mixed_precision", "fp16 is not supported on a CPU", "take bf16 or no")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, PartialState
 from script_runs import REPOSITORY, lines
 from tiny_lm import folder, sums, write_rows
@@ -78,11 +77,3 @@ def test_two_steps_of_a_paper_s_run(scripts, name, tmp_path, monkeypatch):
     ])  # fmt: skip
     torch.random.set_rng_state(state)
     assert len(lines("out")) == 2 and Path("out/adapter").is_dir()
-
-
-def test_accelerate_reads_every_configuration():
-    found = {}
-    for file in sorted((REPOSITORY / "configs" / "accelerate").glob("*.yaml")):
-        settings = load_config_from_file(str(file))
-        found[file.stem] = str(settings.distributed_type).rpartition(".")[2]
-    assert found == {"ddp": "MULTI_GPU", "ddp_nodes": "MULTI_GPU"}
