@@ -7,17 +7,22 @@ modules are not replaced, so names and state-dict keys of the base stay what the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from . import reading
 from .distributed import is_sharded, whole
 from .layer import layer_of
 from .linalg import without_autocast
+from .lowrank import adapted_weight, is_first, merges, ready, takes
 from .offload import is_hooked, kept
 from .quantized import dequantized, is_quantized
+
+_READY = "vislora_ready"  # what a tap has made ready for the layer's running forward, in the module's own dictionary
 
 if TYPE_CHECKING:
     from .part import Part
@@ -35,19 +40,51 @@ class Tap:
         self._install()
 
     def _install(self) -> None:
-        self.handle = self.module.register_forward_hook(self, with_kwargs=True)
+        self.handles = [self.module.register_forward_hook(self, with_kwargs=True)]
+        if type(self.module) is nn.Linear:
+            self.handles.append(self.module.register_forward_pre_hook(self.before, with_kwargs=True))
+            self.handles.append(self.module.register_forward_hook(self.leave, always_call=True))
 
     def _uninstall(self) -> None:
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
 
     def _active(self) -> list[Part]:
         return [part for part in self.parts if part.active and part not in self.merged]
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Choose the quick way where it can be gone; where the adapted weight is cheapest, the layer shall use that."""
+        active, x = self._active(), args[0] if args else kwargs["input"]
+        if not active or not takes(module, x) or (module.training and any(p.method.input_dropout for p in active)):
+            return
+        shares = [(site.rows, update, part.strength) for part in active
+                  for site, update in part.updates_of(module, self.tensor)]  # fmt: skip
+        found = ready(shares, module.weight.dtype)
+        if found is None or (found.shift is not None and self.base is not None):
+            return
+        alone, merged = is_first(module, self), False
+        if alone and found.shift is None and merges(x, module.weight, found.terms, found.factors):
+            with torch.no_grad():
+                weight, merged = adapted_weight(module.weight, found.terms, found.factors), True
+            module.__dict__["weight"] = weight  # found before the parameter, which stays where it is
+        module.__dict__[_READY] = replace(found, merged=merged, alone=alone)
+
+    def leave(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        """The layer's forward has ended, by an exception too."""
+        if not is_compiling() and module.__dict__.pop(_READY, None) is not None:
+            module.__dict__.pop("weight", None)
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         active = self._active()
         if not active:
             return output
         x = args[0] if args else kwargs["input"]
+        if not is_compiling() and _READY in module.__dict__:
+            for part in active:
+                part.saw(module)
+            found = module.__dict__.pop(_READY)
+            module.__dict__.pop("weight", None)
+            return found.finish(module, x, output)
         total = output
         for part in active:
             total = total + self._delta(part, x, output)

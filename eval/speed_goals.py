@@ -1,0 +1,87 @@
+"""The goals of speed, each a ratio that eval/speed.py measures, and whether they are met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cost import show
+
+SLACK = 0.03  # ratios of one machine move by so much from run to run
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is measured on which model, and the most that it may be. value: from {variant: row}."""
+
+    name: str
+    host: str
+    rank: int
+    what: str
+    limit: float
+    value: Callable[[dict[str, dict]], float]
+    dtype: str = "float32"
+
+
+def _time(variant: str, reference: str) -> Callable[[dict[str, dict]], float]:
+    return lambda rows: rows[variant][f"over {reference}"][0]
+
+
+def _share(key: str) -> Callable[[dict[str, dict]], float]:
+    return lambda rows: rows["lora"][f"{key} over frozen"]
+
+
+def _casts(rows: dict[str, dict]) -> float:
+    return rows["lora"]["casts"] - rows["frozen"]["casts"]
+
+
+GOALS = (
+    Goal("P1", "unet", 16, "LoRA's step / frozen", 1.05, _time("lora", "frozen")),
+    Goal("P2", "vit", 16, "LoRA's step / frozen", 1.10, _time("lora", "frozen")),
+    Goal("P3", "unet", 16, "LoRA's step / PEFT's", 0.92, _time("lora", "peft:lora")),
+    Goal("P3", "vit", 16, "LoRA's step / PEFT's", 0.90, _time("lora", "peft:lora")),
+    Goal("P4", "unet", 16, "saved for the backward / frozen", 1.065, _share("saved")),
+    Goal("P4", "unet", 16, "saved for the backward / frozen", 1.065, _share("saved"), "bfloat16"),
+    Goal("P5", "unet", 16, "peak of living tensors / frozen", 1.08, _share("peak")),
+    Goal("P5", "vit", 16, "peak of living tensors / frozen", 1.08, _share("peak")),
+    Goal("P6", "unet", 16, "casts of activations, more than frozen", 0, _casts, "bfloat16"),
+    Goal("P7", "linear", 128, "LoRA's step / frozen", 2.0, _time("lora", "frozen")),
+    Goal("P8", "unet", 16, "NB-LoRA's step / LoRA's", 1.03, _time("nb_lora", "lora")),
+    Goal("P8", "llm_block", 128, "NB-LoRA's step / LoRA's", 1.08, _time("nb_lora", "lora")),
+    Goal("P10", "unet", 16, "DoRA's step / LoRA's", 1.15, _time("dora", "lora")),
+    Goal("P10", "llm_block", 16, "DoRA's step / LoRA's", 1.15, _time("dora", "lora")),
+    Goal("OD", "unet", 16, "OD-LoRA's step / LoRA's", 1.03, _time("od_lora", "lora")),
+    Goal("SORSA", "unet", 16, "SORSA's step / LoRA's", 1.03, _time("sorsa", "lora")),
+    Goal("OD", "llm_block", 16, "OD-LoRA's step / LoRA's", 1.03, _time("od_lora", "lora")),
+    Goal("SORSA", "llm_block", 16, "SORSA's step / LoRA's", 1.03, _time("sorsa", "lora")),
+)
+
+
+def wanted(hosts: list[str], size: str) -> list[tuple[str, int, list[str], str]]:
+    """(model, rank, variants, dtype) of the measurements that the goals on these models need."""
+    usual = ["frozen", "peft:lora", "lora", "nb_lora", "dora", "od_lora", "sorsa"]
+    lean = ["frozen", "peft:lora", "lora"]
+    found: dict[tuple[str, int, str], list[str]] = {}
+    for goal in GOALS:
+        if goal.host in hosts:
+            more = goal.name in ("P8", "P10", "OD", "SORSA")
+            key = goal.host, goal.rank if size != "tiny" else 4, goal.dtype
+            found[key] = usual if more or found.get(key) is usual else lean
+    return [(host, rank, chosen, dtype) for (host, rank, dtype), chosen in found.items()]
+
+
+def check(rows: list[dict]) -> bool:
+    """Print every goal beside what was measured; whether all are met but for `SLACK`."""
+    out, good = [["goal", "model", "what", "limit", "measured", ""]], True
+    for goal in GOALS:
+        own = {row["variant"]: row for row in rows
+               if (row["model"], row["rank"], row["dtype"]) == (goal.host, goal.rank, goal.dtype)}
+        if own:
+            value = goal.value(own)
+            passed = value <= goal.limit + (SLACK if goal.limit else 0)
+            good = good and passed
+            said = "met" if value <= goal.limit else "within the slack" if passed else "missed"
+            model = f"{goal.host} r {goal.rank}{' bf16' if goal.dtype == 'bfloat16' else ''}"
+            out.append([goal.name, model, goal.what, f"{goal.limit:g}", f"{value:.3f}", said])
+    print(show(out))
+    return good

@@ -1,0 +1,188 @@
+"""What eval/speed.py lets take turns: one model each, frozen, fully trained, or with an adapter; and what a step costs.
+
+Every variant gets its gradient down to the model's input, as the frozen one must, so that a ratio is what the adapter
+adds. A step is forward, backward, clearing the gradients and, where something trains, fused AdamW.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import weakref
+from collections.abc import Callable
+
+import torch
+from speed_models import Host
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import vislora
+from vislora import adapters
+
+PEFT = ("lora", "dora", "vera", "delora", "adalora")
+QUICK = {"lora_ga": {"init_batches": 1}, "lora_sb": {"init_batches": 1}, "od_lora": {"init_rounds": 1, "init_steps": 1}}
+_STEPS = 100_000  # of the schedules: AdaLoRA's and OD-LoRA's events are not what a step costs
+
+
+def names() -> list[str]:
+    """Every variant's name."""
+    return ["frozen", "joined", *(f"peft:{name}" for name in PEFT), *vislora.methods(), "full"]
+
+
+class Variant:
+    """A model, its inputs and `step()`."""
+
+    def __init__(self, host: Host, name: str, rank: int, dtype: torch.dtype, device: str):
+        self.host, self.name, self.optimizer, self.penalty = host, name, None, None
+        torch.manual_seed(0)
+        self.model = host.build().to(device, dtype).requires_grad_(False)
+        self.inputs = tuple(x.to(device, dtype) if x.is_floating_point() else x.to(device) for x in host.inputs())
+        self.inputs[0].requires_grad_(True)
+        self.model.train()
+        trained: list[nn.Parameter] = []
+        if name == "full":
+            trained = list(self.model.requires_grad_(True).parameters())
+        elif name.startswith("peft:"):
+            trained = _peft(self.model, name.removeprefix("peft:"), rank, host.targets)
+        elif name == "joined":
+            self.model = host.joined(self.model) if host.joined else self.model
+        elif name != "frozen":
+            adapter = self._attach(name, rank)
+            trained = list(adapter.parameters())
+        if trained and self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
+
+    def _attach(self, name: str, rank: int) -> vislora.Adapter:
+        kind = adapters.get(name)
+        options = {"rank": rank, **QUICK.get(name, {})}
+        if name == "nb_lora":
+            options |= {"p": 1, "delta": float(rank)}
+        if name == "pissa":
+            options |= {"niter": 1}  # a rough start costs the same steps
+        adapter = vislora.attach(self.model, kind(**options), targets=self.host.targets)
+        self.optimizer = torch.optim.AdamW(adapter.param_groups(1e-4), weight_decay=0.0, fused=True)
+        adapter.bind(self.optimizer, _STEPS, first_lr=1e-4)
+        adapter.prepare(self.backward)
+        self.penalty = adapter.penalty if kind(**options).has_penalty() else None
+        return adapter
+
+    def forward(self) -> Tensor:
+        loss = self.host.call(self.model, self.inputs).float().square().mean()
+        return loss if self.penalty is None else loss + self.penalty()
+
+    def backward(self) -> Tensor:
+        loss = self.forward()
+        loss.backward()
+        return loss.detach()
+
+    def step(self) -> None:
+        self.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.inputs[0].grad = None
+
+    def seconds(self) -> float:
+        """One step's: of the device on a GPU, of this thread's processor time on a CPU."""
+        if self.inputs[0].device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            self.step()
+            end.record()
+            torch.cuda.synchronize()
+            return begin.elapsed_time(end) / 1000
+        began = time.thread_time()
+        self.step()
+        return time.thread_time() - began
+
+
+def _peft(model: nn.Module, kind: str, rank: int, targets: list[str]) -> list[nn.Parameter]:
+    """Inject one of PEFT's methods, as diffusers does; returns what trains. Its own defaults, but the rank."""
+    import peft
+
+    configs: dict[str, Callable] = {
+        "lora": lambda: peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets),
+        "dora": lambda: peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, use_dora=True),
+        "vera": lambda: peft.VeraConfig(r=rank, target_modules=targets),
+        "delora": lambda: peft.DeloraConfig(r=rank, target_modules=targets),
+        "adalora": lambda: peft.AdaLoraConfig(init_r=rank, target_r=max(1, rank // 2), target_modules=targets,
+                                              total_step=_STEPS),
+    }
+    peft.get_peft_model(model, configs[kind]())
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+class _Counter(TorchDispatchMode):
+    """Counts operators that are not views, and casts of tensors with at least `large` numbers; follows live bytes."""
+
+    def __init__(self, large: int):
+        super().__init__()
+        self.large, self.ops, self.casts, self.live, self.peak = large, 0, 0, 0, 0
+        self.known: dict[int, weakref.finalize] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and func._schema.name not in ("aten::_unsafe_view", "aten::detach"):
+            self.ops += 1
+            if func._schema.name == "aten::_to_copy" and out.numel() >= self.large and out.dtype != args[0].dtype:
+                self.casts += 1
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                self._follow(t, given)
+        return out
+
+    def _follow(self, t: Tensor, given: set[int]) -> None:
+        storage = t.untyped_storage()
+        key = storage._cdata
+        if key in self.known or key in given:
+            return
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        self.known[key] = weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self.live -= size
+        self.known.pop(key, None)
+
+
+def counts(variant: Variant) -> dict[str, int]:
+    """Of one step without the optimizer: operators, large casts, bytes saved for the backward, peak bytes.
+
+    Casts: those of tensors with as many numbers as the first input has, a quarter at least. saved: storages kept for
+    the backward that are no parameter or buffer. peak: the largest sum of living tensors that the step has made, or on
+    a GPU what its allocator says.
+    """
+    variant.step()
+    model = variant.model
+    weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = variant.forward()
+    saved = sum(kept.values())
+    del loss
+    counter = _Counter(variant.inputs[0].numel() // 4)
+    cuda = variant.inputs[0].device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with counter if not cuda else contextlib.nullcontext():
+        variant.backward()
+    peak = torch.cuda.max_memory_allocated() - before if cuda else counter.peak
+    model.zero_grad()
+    variant.inputs[0].grad = None
+    if cuda:
+        with counter:
+            variant.backward()
+    model.zero_grad()
+    variant.inputs[0].grad = None
+    return {"ops": counter.ops, "casts": counter.casts, "saved": saved, "peak": peak}
