@@ -19,15 +19,14 @@ from pathlib import Path
 from accelerate import Accelerator
 
 import vislora
-from vislora import adapters, config
-from vislora.baselines import BASELINES
+from vislora import config
 from vislora.errors import InputError, run_script
 from vislora.options import option
 from vislora.training.cores import use_cores
 from vislora.training.run import RunFolder
 from vislora.vision import augment, compare, forgetting, heads, metrics, models, plots, results, task
 from vislora.vision.evaluate import Evaluator, SourceTask, preprocess_words
-from vislora.vision.options import ClassificationOptions
+from vislora.vision.whole import read_run
 
 
 @dataclass(frozen=True)
@@ -101,15 +100,6 @@ def score(run: Path, o: ForgettingOptions) -> dict:
     if lines.is_file():
         plots.over_steps(run / "curve.png", {adapter.method_name: results.curve(lines)})
     return {key: value for key, value in found.items() if key != "norms"}
-
-
-def read_run(run: Path) -> tuple[ClassificationOptions, object]:
-    """The options and the method in a run's config.yaml."""
-    methods = {name: adapters.get(name) for name in vislora.methods()} | BASELINES
-    file = RunFolder(run).config_file
-    if not file.is_file():
-        raise InputError(f"--run {run}", "holds no config.yaml", "name the folder of a classification run")
-    return config.parse(ClassificationOptions, ["--config", str(file)], prog="forgetting.py", methods=methods)
 
 
 if __name__ == "__main__":

@@ -149,3 +149,35 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path):
 def test_random_weights_on_request():
     tower = models.load("test_vit", pretrained="random")
     assert tower.width == 64 and tower.source_head.out_features == 1000
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+@pytest.mark.parametrize("method", ["nb_lora", "full", "none"])
+def test_a_run_becomes_a_model_of_its_own(folders, library, method, tmp_path):
+    from vislora import config
+    from vislora.baselines import BASELINES
+    from vislora.vision import results, whole
+    from vislora.vision.options import ClassificationOptions
+
+    chosen = BASELINES[method]() if method in BASELINES else vislora.adapters.get(method)(rank=2)
+    tower, run = models.load(str(folders[library])), tmp_path / "run"
+    adapter = vislora.attach(tower.model, chosen)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.1 * torch.randn(p.shape))
+    head = heads.new_head(24, 3, 0)
+    run.mkdir()
+    if method != "none":
+        adapter.save(run / "adapter")
+    results.save_head(head, ("a", "b", "c"), run)
+    options = ClassificationOptions(model_name_or_path=str(folders[library]), dataset_name="x")
+    from vislora.training.run import RunFolder
+
+    RunFolder(run).write_config(config.to_dict(options, chosen))
+    again = models.load(str(whole.write(run, tmp_path / "out")))
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(again.source_head(again(x)), head(tower(x)), atol=1e-5, rtol=1e-4)
+    assert again.source_classes == ("a", "b", "c") and again.preprocess == tower.preprocess
+    with pytest.raises(InputError, match="not empty"):
+        whole.write(run, tmp_path / "out")
