@@ -158,6 +158,7 @@ class Campaign:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100, help="at random moments, for each script")
+    parser.add_argument("--every", type=int, default=1, help="of the file boundaries, only each so-manieth")
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
     parser.add_argument("--seed", type=int, default=0)
     o = parser.parse_args()
@@ -165,7 +166,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place, Server(*o.scripts) as server:
         for script in o.scripts:
             campaign, draw = Campaign(server, script, Path(place) / script), random.Random(o.seed)
-            for point in campaign.points():
+            for point in campaign.points()[:: o.every]:
                 campaign.kill_at(*point)
             made = 0
             while made < o.kills:
