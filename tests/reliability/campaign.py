@@ -85,9 +85,11 @@ class Campaign:
         self.whole = self._result("whole")
 
     def points(self) -> list[tuple[int, str]]:
-        """(event, mode) of every kill at a file boundary; only a file that is written can be cut."""
+        """(event, mode) of every kill at a file boundary; only a file that is written can be cut, and none that is
+        appended to: ckpt-chaos would cut off what had long been on the disk."""
         last = len(self.events)
-        torn = [(n, "torn") for n in range(1, last + 1) if self.events[n - 1][3] == "1"]
+        whole_files = [n for n, e in enumerate(self.events, 1) if e[3] == "1" and e[2] != "metrics.jsonl"]
+        torn = [(n, "torn") for n in whole_files]
         return [(n, mode) for mode in ("before", "unsynced") for n in range(1, last + 1)] + torn
 
     def kill_at(self, event: int, mode: str) -> None:
