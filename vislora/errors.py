@@ -54,7 +54,8 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def fault_of(error: BaseException) -> VisloraError | None:
-    """The machine's fault that a library's error tells of: memory, the disk, a loader or another process that ended.
+    """The fault that a library's error tells of: memory, the disk, a loader or another process that ended, numbers that
+    are not finite.
 
     None for everything else, which is a fault of the program and keeps its traceback.
     """
@@ -65,6 +66,9 @@ def fault_of(error: BaseException) -> VisloraError | None:
     if isinstance(error, OSError) and error.errno in _DISK:
         wrong = f"could not be written ({error.strerror})"
         return EnvironmentFault(str(error.filename or "a file of the run"), wrong, f"make room; {_GO_ON}")
+    if type(error).__name__.endswith("LinAlgError") and "non-finite" in said:
+        wrong = "what trains is not finite any more: the run diverged"
+        return InputError("--learning_rate", wrong, "lower it, or warm up longer; what was saved before is finite")
     if isinstance(error, RuntimeError) and "DataLoader worker" in said:
         return EnvironmentFault("--dataloader_num_workers", f"a loader process ended ({said})",
                                 f"memory may have run out: take fewer; {_GO_ON}")

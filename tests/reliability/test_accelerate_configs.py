@@ -69,16 +69,16 @@ def launch(place: Path, out: str, name: str, *flags: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_a_cpu_starts_one_process_two_and_two_machines_of_one(tmp_path):
-    place = stage(tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    nodes = ("--num_processes", "2", "--main_process_port", port)
-    for started in (
-        [launch(place, "single", "single")],
-        [launch(place, "ddp", "ddp", "--num_processes", "2", "--main_process_port", port)],
-        [launch(place, "nodes", "ddp_nodes", *nodes, "--machine_rank", rank) for rank in ("0", "1")],
-    ):
+    place, ports = stage(tmp_path), []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(("--num_processes", "2", "--main_process_port", str(free.getsockname()[1])))
+    for out, name, each in (
+        ("single", "single", [()]), ("ddp", "ddp", [ports[0]]),
+        ("nodes", "ddp_nodes", [(*ports[1], "--machine_rank", rank) for rank in ("0", "1")]),
+    ):  # fmt: skip
+        started = [launch(place, out, name, *flags) for flags in each]
         said = [process.communicate(timeout=300)[1] for process in started]
         assert not any(process.returncode for process in started), "\n".join(text[-2000:] for text in said)
     processes = [checkpoint.load(place / out / "checkpoints" / "checkpoint-3").state["processes"]

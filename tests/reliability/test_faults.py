@@ -233,6 +233,9 @@ def test_memory_that_runs_out_is_one_line_with_the_remedy(run, script, capsys, w
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50)  # the real error of a CPU
     assert isinstance(fault_of(caught.value), EnvironmentFault)
+    with pytest.raises(RuntimeError) as caught:
+        torch.linalg.svd(torch.full((3, 3), float("nan")))
+    assert "the run diverged" in str(fault_of(caught.value))
     assert fault_of(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
