@@ -92,7 +92,8 @@ def linear(size: str) -> Host:
         return nn.ModuleDict({"layer": nn.Linear(width, width)})
 
     ranks = (16, 128) if size != TINY else (4,)
-    return Host("linear", build, lambda: (_noise(tokens, width),), lambda m, x: m["layer"](x[0]), ["layer"], ranks=ranks)
+    inputs, call = lambda: (_noise(tokens, width),), lambda m, x: m["layer"](x[0])
+    return Host("linear", build, inputs, call, ["layer"], ranks=ranks)
 
 
 def vit(size: str) -> Host:
