@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.nn import functional as F
 
 from .offload import is_hooked
 from .update import Update
@@ -119,6 +120,8 @@ class LowRank(torch.autograd.Function):
             used = adapted_weight(weight, ctx.terms, factors) if ctx.merged else weight
             to_x = outputs @ (used if shift is None else torch.addcmul(used, used, shift[:, None]))
         if ctx.needs_input_grad[4]:
+            if torch.is_grad_enabled():  # a second derivative must know where the layer's output comes from
+                out = F.linear(x, weight, bias)
             to_shift = (outputs * out.reshape(outputs.shape)).sum(0)
             to_shift = to_shift if bias is None else to_shift.addcmul_(outputs.sum(0), bias, value=-1)
         for term in ctx.terms:
