@@ -92,7 +92,8 @@ def linear(size: str) -> Host:
         return nn.ModuleDict({"layer": nn.Linear(width, width)})
 
     ranks = (16, 128) if size != TINY else (4,)
-    return Host("linear", build, lambda: (_noise(tokens, width),), lambda m, x: m["layer"](x[0]), ["layer"], None, ranks)
+    inputs, call = lambda: (_noise(tokens, width),), lambda m, x: m["layer"](x[0])
+    return Host("linear", build, inputs, call, ["layer"], ranks=ranks)
 
 
 def vit(size: str) -> Host:
@@ -105,7 +106,8 @@ def vit(size: str) -> Host:
         return timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=10, **words)
 
     ranks = (16, 128) if size != TINY else (4,)
-    return Host("vit", build, lambda: (_noise(batch, 3, side, side),), lambda m, x: m(*x), ["attn.qkv", "attn.proj"], None, ranks)
+    targets = ["attn.qkv", "attn.proj"]
+    return Host("vit", build, lambda: (_noise(batch, 3, side, side),), lambda m, x: m(*x), targets, ranks=ranks)
 
 
 def _llama(name: str, hidden: int, wide: int, layers: int, heads: int, groups: int, tokens: int, ranks) -> Host:
@@ -118,7 +120,7 @@ def _llama(name: str, hidden: int, wide: int, layers: int, heads: int, groups: i
     def call(m: nn.Module, x: tuple[Tensor, ...]) -> Tensor:
         return m(inputs_embeds=x[0]).last_hidden_state
 
-    return Host(name, lambda: LlamaModel(config), lambda: (_noise(1, tokens, hidden),), call, targets, None, ranks)
+    return Host(name, lambda: LlamaModel(config), lambda: (_noise(1, tokens, hidden),), call, targets, ranks=ranks)
 
 
 def llama(size: str) -> Host:

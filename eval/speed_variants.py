@@ -148,6 +148,13 @@ class _Counter(TorchDispatchMode):
         self.known.pop(key, None)
 
 
+class _Kept:
+    """A tensor that the graph holds for the backward."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
 def counts(variant: Variant) -> dict[str, int]:
     """Of one step without the optimizer: operators, large casts, bytes saved for the backward, peak bytes.
 
@@ -158,17 +165,17 @@ def counts(variant: Variant) -> dict[str, int]:
     variant.step()
     model = variant.model
     weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
+    kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
-    def keep(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
+    def keep(t: Tensor) -> _Kept:
+        kept.add(held := _Kept(t))
+        return held
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda held: held.tensor):
         loss = variant.forward()
-    saved = sum(kept.values())
+        # What a part of the graph that nobody holds any more had kept is gone from the set.
+        storages = {held.tensor.untyped_storage().data_ptr(): held.tensor.untyped_storage().nbytes() for held in kept}
+    saved = sum(size for pointer, size in storages.items() if pointer not in weights)
     del loss
     counter = _Counter(variant.inputs[0].numel() // 4)
     cuda = variant.inputs[0].device.type == "cuda"

@@ -84,3 +84,15 @@ def in_turns(trainees: dict[str, Trainee], repeats: int) -> dict[str, float]:
             if turn >= 2:  # the first two warm up
                 times[name].append(now(trainee.model) - began)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def in_turns_seconds(steps: dict[str, Callable[[], object]], pairs: int) -> dict[str, list[float]]:
+    """{name: this thread's processor seconds of each call}, the order turning round every time; two warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(pairs + 2):
+        for name in list(steps) if turn % 2 else list(steps)[::-1]:
+            began = time.thread_time()
+            steps[name]()
+            if turn >= 2:
+                seconds[name].append(time.thread_time() - began)
+    return seconds

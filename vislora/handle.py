@@ -88,7 +88,13 @@ class Handle(ABC):
         self._max_lr, self.total_steps = max(rates), total_steps
         if self._step_hook is not None:
             self._step_hook.remove()
-        self._step_hook = inner.register_step_post_hook(lambda optimizer, args, kwargs: self._stepped(optimizer))
+        self._step_hook = inner.register_step_post_hook(lambda optimizer, args, kwargs: self._after_step(optimizer))
+
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # A gradient scaler lets fused optimizers run and leave everything as it is, where it makes others wait.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None or not found_inf.item():
+            self._stepped(optimizer)
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """The bound optimizer has made a step; gradients are still there."""

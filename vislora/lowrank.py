@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.nn import functional as F
 
 from .offload import is_hooked
 from .update import Update
@@ -76,23 +77,25 @@ def adapted_weight(weight: Tensor, terms: list[Term], factors: list[Tensor]) -> 
 
 
 class LowRank(torch.autograd.Function):
-    """(x, out, weight, terms, merged, alone, *factors) -> the adapted layer's output.
+    """(x, out, weight, bias, shift, terms, merged, alone, *factors) -> the adapted layer's output.
 
     x (..., n); out (..., m): what the layer made of x, by the adapted weight where `merged`.
     weight (m, n): the frozen layer's, with `out` outside the graph, so that its gradient is made here too; or None.
+    shift (m,): what each output, less its bias, is multiplied by and added; with a weight alone. None: nothing.
     alone: nobody else holds `out`, so it may be written. factors: for each term up (m', r) and down (r, n), and those
     of its fixed start where it has one, all in x's dtype.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, out: Tensor, weight: Tensor | None, terms: list[Term], merged: bool, alone: bool,
-                *factors: Tensor):
+    def forward(ctx, x: Tensor, out: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None,
+                terms: list[Term], merged: bool, alone: bool, *factors: Tensor):  # fmt: skip
         ctx.terms, ctx.merged = terms, merged
-        ctx.save_for_backward(x, weight, *factors)
-        if not alone:
+        ctx.save_for_backward(x, weight, bias, shift, out if shift is not None else None, *factors)
+        if shift is not None:
+            out = torch.addcmul(out, out, shift)
+            out = out if bias is None else out.sub_(shift * bias)
+        elif not alone:
             out = out.clone()
-        elif ctx.needs_input_grad[1]:
-            ctx.mark_dirty(out)
         if merged:
             return out
         outputs, inputs, left = out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]), iter(factors)
@@ -109,12 +112,18 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        x, weight, *factors = ctx.saved_tensors
+        x, weight, bias, shift, out, *factors = ctx.saved_tensors
         outputs, inputs = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
-        needs_x, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
-        to_x, grads, at = None, [], 0
+        needs_x, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[8:]
+        to_x, to_shift, grads, at = None, None, [], 0
         if needs_x and weight is not None:
-            to_x = outputs @ (adapted_weight(weight, ctx.terms, factors) if ctx.merged else weight)
+            used = adapted_weight(weight, ctx.terms, factors) if ctx.merged else weight
+            to_x = outputs @ (used if shift is None else torch.addcmul(used, used, shift[:, None]))
+        if ctx.needs_input_grad[4]:
+            if torch.is_grad_enabled():  # a second derivative must know where the layer's output comes from
+                out = F.linear(x, weight, bias)
+            to_shift = (outputs * out.reshape(outputs.shape)).sum(0)
+            to_shift = to_shift if bias is None else to_shift.addcmul_(outputs.sum(0), bias, value=-1)
         for term in ctx.terms:
             own, whole = term.of(outputs), None
             for sign in (1, -1) if term.minus else (1,):
@@ -134,7 +143,8 @@ class LowRank(torch.autograd.Function):
                     grads += [_scaled(own.mT @ (inputs @ down.mT), scale) if needs_up else None,
                               to_inner.mT @ inputs if needs_down else None]  # fmt: skip
         to_out = gradient if ctx.needs_input_grad[1] else None
-        return None if to_x is None else to_x.view(x.shape), to_out, None, None, None, None, *grads
+        to_x = None if to_x is None else to_x.view(x.shape)
+        return to_x, to_out, None, None, to_shift, None, None, None, *grads
 
 
 def merges(x: Tensor, weight: Tensor, terms: list[Term], factors: list[Tensor]) -> bool:
@@ -175,14 +185,11 @@ class Ready:
 
     def finish(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """The adapted layer's output, from the input and what the layer returned."""
-        x = x.to(out.dtype)
-        if self.shift is not None:
-            shift = self.shift.to(out.dtype)
-            rest = out if module.bias is None else out - shift * module.bias
-            return LowRank.apply(x, torch.addcmul(rest, out, shift), None, self.terms, False, True, *self.factors)
+        x, shift = x.to(out.dtype), None if self.shift is None else self.shift.to(out.dtype)
+        rest = shift, self.terms, self.merged, self.alone, *self.factors
         if not self.alone:  # someone may hold the output, or wait for its gradient
-            return LowRank.apply(x, out, None, self.terms, False, False, *self.factors)
-        return LowRank.apply(x, out.detach(), module.weight, self.terms, self.merged, True, *self.factors)
+            return LowRank.apply(x, out, None, None, *rest)
+        return LowRank.apply(x, out.detach(), module.weight, module.bias, *rest)
 
 
 def ready(shares: list[tuple[slice | None, Update, float]], dtype: torch.dtype) -> Ready | None:

@@ -181,8 +181,10 @@ class Part(nn.Module):
             own = [site for site in self.sites if site.key == (module, tensor)]
             return [(site, self._of(site, self.method.factors(self.tensors_of(site)))) for site in own]
         stale = self._updates is None or (torch.is_grad_enabled() and not self._with_graph)
-        # Comparing every parameter's version at every tap would cost the square of the number of layers.
-        if stale or (not self.inside and self._versions != self._version()):
+        # Comparing every parameter's version at every tap would cost the square of the number of layers. Inside a
+        # backward, activations are computed again with what their forward had.
+        known = self.inside or torch._C._current_graph_task_id() != -1
+        if stale or (not known and self._versions != self._version()):
             self._compute()
         return [(site, update) for site, update in self._updates[module] if site.tensor == tensor]
 

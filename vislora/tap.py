@@ -59,10 +59,9 @@ class Tap:
             return
         shares = [(site.rows, update, part.strength) for part in active
                   for site, update in part.updates_of(module, self.tensor)]  # fmt: skip
-        found = ready(shares, module.weight.dtype)
-        if found is None or (found.shift is not None and self.base is not None):
+        found, alone, merged = ready(shares, module.weight.dtype), is_first(module, self), False
+        if found is None or (found.shift is not None and (self.base is not None or not alone)):
             return
-        alone, merged = is_first(module, self), False
         if alone and found.shift is None and merges(x, module.weight, found.terms, found.factors):
             with torch.no_grad():
                 weight, merged = adapted_weight(module.weight, found.terms, found.factors), True

@@ -62,8 +62,9 @@ class Update:
         """The same Update with `row_scale` from the base weight (m, n), if it has a magnitude."""
         if self.magnitude is None:
             return self
-        norm = row_norm(weight, *self.factors()).to(self.magnitude.device)  # an offloaded weight stays where it is
-        return replace(self, row_scale=self.magnitude / (norm.detach() if self.detach_norm else norm))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
+            norm = row_norm(weight, *self.factors()).to(self.magnitude.device)  # an offloaded weight stays where it is
+        return replace(self, row_scale=self.magnitude / norm)
 
     def detach(self) -> Update:
         """The same values, cut from the graph."""

@@ -70,7 +70,7 @@ class SORSA(Method):
             grams = [gram for t in sites for gram in (t.A @ t.A.mT, t.B.mT @ t.B)]
             eye = torch.eye(self.rank, dtype=grams[0].dtype, device=grams[0].device)
             # matrix_norm's gradient is 0 at exact orthonormality; the root of a sum of squares would give NaN there
-            off = torch.stack([torch.linalg.matrix_norm(gram - eye) for gram in grams])
+            off = torch.linalg.matrix_norm(torch.stack(grams) - eye)  # in a stack: a handful of operators, not 2 L
         off = off.square() if self.regularizer.startswith("squared") else off
         total = off.mean() if self.regularizer.endswith("mean") else off.sum()
         return self.gamma / max_lr * total
