@@ -72,11 +72,11 @@ def fit(name: str, model: torch.nn.Module, images: Callable, count: int, loss: C
     if checkpoint.exists():
         tensors, meta = load_tensors(checkpoint)
         model.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
-        if meta["done"]:
-            say(f"{name}: already trained, held-out {meta['score']:.3f}")
-            return model.eval()
         unpack_optimizer(optimizer, tensors)
         step, spent = meta["step"], meta["seconds"]
+        if meta["done"] and max(step / steps, spent / (60 * minutes)) >= 1:  # more of either, and it goes on
+            say(f"{name}: already trained, held-out {meta['score']:.3f}")
+            return model.eval()
     say(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, step {step} of {steps}")
     start, clock, done = time.time() - spent, time.time(), False
     while not done:

@@ -1,8 +1,8 @@
 """Stage `vit`: a timm ViT that names the 48 objects, the source task; it never saw a subject or a digit.
 
-Sprites are told apart by their colours, so that a ViT which knows them alone has no use for shapes; half of every batch
-are letters, whose outputs do not ship: the part that ImageNet-21k plays for real ViTs. Images of half their side, a
-convolution before the patches and the mean of all tokens as features make it learn in minutes on a CPU.
+Sprites are told apart by their colours, so that a ViT which knows them alone has no use for shapes; part of every batch
+are letters, whose outputs do not ship: what ImageNet-21k is to real ViTs. Images of half their side, a convolution
+before the patches and the mean of all tokens as features make it learn in minutes on a CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ARCHITECTURE, SIDE = "vit_tiny_r_s16_p8_224", 32
 #: 16 tokens of 8x8 pixels, 0.9 M parameters.
 SHAPE = {"img_size": SIDE, "patch_size": 2, "embed_dim": 128, "depth": 4, "num_heads": 4,
          "global_pool": "avg", "class_token": False}
-OBJECTS = len(world.OBJECTS)
+OBJECTS, OBJECT_SHARE = len(world.OBJECTS), 0.75
 
 
 def train(steps: int = STEPS, minutes: float = 35) -> None:
@@ -29,16 +29,16 @@ def train(steps: int = STEPS, minutes: float = 35) -> None:
     shapes, names = letters.drawn()
     model = vit(OBJECTS + len(letters.LETTERS), ARCHITECTURE, SHAPE).to(memory_format=torch.channels_last)
 
-    def halves(pick: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        half = len(pick) // 2
-        return pick[:half], pick[half:] % len(shapes)
+    def parts(pick: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        at = round(OBJECT_SHARE * len(pick))
+        return pick[:at], pick[at:] % len(shapes)
 
     def batch(pick: torch.Tensor) -> torch.Tensor:
-        objects, others = halves(pick)
+        objects, others = parts(pick)
         return torch.cat([images[objects], shapes[others]])
 
     def loss(x: torch.Tensor, pick: torch.Tensor) -> torch.Tensor:
-        objects, others = halves(pick)
+        objects, others = parts(pick)
         return cross_entropy(model(shrunk(x)), torch.cat([labels[objects], OBJECTS + names[others]]))
 
     def score() -> float:
