@@ -15,7 +15,7 @@ from common import WORK, WORLD, load_tensors, pack_optimizer, save_tensors, say,
 from data import split, to_float
 from train_clip import augment
 
-#: ViT of both stages: 64 tokens of 8x8 pixels, 2.7 M parameters.
+#: tiny-dino's ViT: 64 tokens of 8x8 pixels, 2.7 M parameters.
 ARCHITECTURE = "vit_tiny_patch16_224"
 SHAPE = {"img_size": world.IMAGE_SIZE, "patch_size": 8, "depth": 6}
 
@@ -30,24 +30,25 @@ def single_objects(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     return images[keep], labels, torch.tensor([places.index(specs[i].background) for i in keep])
 
 
-def vit(classes: int) -> torch.nn.Module:
-    """The ViT with `classes` outputs; attention unfused, which bfloat16 on a CPU wants."""
+def vit(classes: int, architecture: str = ARCHITECTURE, shape: dict = SHAPE) -> torch.nn.Module:
+    """A ViT with `classes` outputs; attention unfused, which bfloat16 on a CPU wants."""
     import timm
 
     timm.layers.set_fused_attn(False)
-    return timm.create_model(ARCHITECTURE, num_classes=classes, **SHAPE)
+    return timm.create_model(architecture, num_classes=classes, **shape)
 
 
-def write_timm(folder: str, model: torch.nn.Module, labels: list[str]) -> None:
-    """Config and float16 weights as timm's `local-dir:` loads them."""
+def write_timm(folder: str, model: torch.nn.Module, labels: list[str], shape: dict) -> None:
+    """Config and float16 weights as timm's `local-dir:` loads them; `shape` is what the model was made with."""
     from timm.models._hub import save_config_for_hf
 
     target = WORLD / folder
     target.mkdir(parents=True, exist_ok=True)
-    model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(3, 64, 64), mean=(0.5,) * 3, std=(0.5,) * 3,
+    side = shape["img_size"]
+    model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(3, side, side), mean=(0.5,) * 3, std=(0.5,) * 3,
                                 crop_pct=1.0, interpolation="bicubic", fixed_input_size=True,
                                 num_classes=len(labels), label_names=labels or None, license="mit")
-    save_config_for_hf(model, target / "config.json", model_args=SHAPE)
+    save_config_for_hf(model, target / "config.json", model_args=shape)
     text = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(text, indent=1) + "\n")
     save_tensors(target / "model.safetensors", {k: v.half() for k, v in model.state_dict().items()})
@@ -71,11 +72,11 @@ def fit(name: str, model: torch.nn.Module, images: Callable, count: int, loss: C
     if checkpoint.exists():
         tensors, meta = load_tensors(checkpoint)
         model.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
-        if meta["done"]:
-            say(f"{name}: already trained, held-out {meta['score']:.3f}")
-            return model.eval()
         unpack_optimizer(optimizer, tensors)
         step, spent = meta["step"], meta["seconds"]
+        if meta["done"] and max(step / steps, spent / (60 * minutes)) >= 1:  # more of either, and it goes on
+            say(f"{name}: already trained, held-out {meta['score']:.3f}")
+            return model.eval()
     say(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, step {step} of {steps}")
     start, clock, done = time.time() - spent, time.time(), False
     while not done:
@@ -108,7 +109,7 @@ def fit(name: str, model: torch.nn.Module, images: Callable, count: int, loss: C
     return model.eval()
 
 
-def accuracy(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, head: slice = slice(None)) -> float:
+def accuracy(model: Callable, images: torch.Tensor, labels: torch.Tensor, head: slice = slice(None)) -> float:
     """Top-1 share over the outputs of `head`, in batches of 250."""
     with torch.no_grad():
         found = [model(to_float(images[i:i + 250]))[:, head].float().argmax(1) for i in range(0, len(images), 250)]

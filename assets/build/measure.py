@@ -11,6 +11,7 @@ import train_clip
 import train_dino
 import train_lpips
 import train_vae
+import train_vit
 import world
 from classify import accuracy, single_objects
 from common import WORK, WORLD, grid, load_tensors, say
@@ -75,7 +76,8 @@ def classifiers() -> dict:
     held, truth, _ = single_objects("heldout")
     names = train_dino.identities()
     triples = train_lpips.measure()
-    return {"vit_heldout_top1": accuracy(vit, held, truth), "dino_identities": len(names),
+    found = accuracy(lambda x: vit(train_vit.shrunk(x)), held, truth)
+    return {"vit_heldout_top1": found, "dino_identities": len(names),
             "dino_nearest_on_unseen_backgrounds": train_dino.nearest(dino, train_dino.probes(names)),
             "lpips_triples_in_order": triples.pop("all"), "lpips_by_distortion": triples}
 

@@ -13,7 +13,7 @@ import scenes
 import torch
 import torch.nn.functional as F
 import world
-from classify import fit, vit, write_timm
+from classify import SHAPE, fit, vit, write_timm
 from common import WORK, load_tensors, save_tensors, say
 from data import to_float
 from PIL import Image
@@ -137,5 +137,5 @@ def train(steps: int = STEPS, minutes: float = 45) -> None:
     model.trunk.load_state_dict({k: v for k, v in started.items() if not k.startswith("head.")})
     fit("dino", model, lambda pick: batch(names, pick), 2**31, lambda x, pick: model.loss(x, pick % len(names)),
         lambda: nearest(model, bank), bar=BAR, steps=steps, minutes=minutes, rate=RATE, batch=BATCH)
-    write_timm("tiny-dino", model.trunk, [])
+    write_timm("tiny-dino", model.trunk, [], SHAPE)
     say(f"tiny-dino: {nearest(model, bank):.3f} of {len(bank['queries'])} scenes, {len(names)} identities")
