@@ -134,8 +134,9 @@ DISK = {
 
 
 @pytest.mark.parametrize("place_of_fault", [
-    pytest.param(name, marks=case(number)) for name, number in
-    [("adapter", "F15"), ("optimizer", "F16"), ("manifest", "F17"), ("rename", "F18"), ("read-only", "F19")]
+    pytest.param("adapter", marks=case("F15")), pytest.param("optimizer", marks=case("F16")),
+    pytest.param("manifest", marks=case("F17")), pytest.param("rename", marks=case("F18")),
+    pytest.param("read-only", marks=case("F19")),
 ])  # fmt: skip
 def test_a_disk_that_refuses_stops_the_run_and_the_older_checkpoint_stays(
     run, capsys, whole, monkeypatch, place_of_fault
