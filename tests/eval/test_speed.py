@@ -1,0 +1,82 @@
+"""eval/speed.py and eval/speed_loop.py at a tiny size: they run, count what can be known, and a missed goal fails."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def speed(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "eval"))
+    for name in [name for name in sys.modules if name.startswith("speed") or name in ("cost", "turns")]:
+        monkeypatch.delitem(sys.modules, name)
+    import speed
+
+    threads = torch.get_num_threads()
+    yield speed
+    torch.set_num_threads(threads)
+
+
+def test_rows_table_and_plot(speed, tmp_path, capsys):
+    words = ["--hosts", "linear", "llama", "--size", "tiny", "--pairs", "2"]
+    variants = ["peft:lora", "lora", "pissa", "full"]
+    files = ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "plot.png")]
+    speed.main([*words, "--variants", *variants, *files])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(r["model"], r["variant"]) for r in rows] == [
+        (model, name) for model in ("linear", "llama") for name in ("frozen", *variants)
+    ]
+    of = {r["variant"]: r for r in rows if r["model"] == "linear"}
+    assert of["frozen"]["over frozen"] == [1.0, 1.0, 1.0] and of["lora"]["over lora"] == [1.0, 1.0, 1.0]
+    kept = 4 * 10 * 16  # the input of a layer of 16 on 10 tokens, all that the quick way holds beside the loss
+    assert of["lora"]["saved"] - of["frozen"]["saved"] == kept
+    assert of["peft:lora"]["saved"] - of["frozen"]["saved"] == kept + 4 * 10 * 4  # and what lies between its factors
+    assert of["lora"]["ops"] - of["frozen"]["ops"] <= 7 < of["peft:lora"]["ops"] - of["frozen"]["ops"]
+    assert all(r["seconds"] > 0 and r["peak"] > 0 for r in rows)
+    shown = capsys.readouterr().out
+    assert "peft:lora" in shown and "2 pairs" in shown
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_models_build_and_join(speed):
+    for name in ("unet", "sd_block", "vit", "llm_block"):
+        host = speed.HOSTS[name]("tiny")
+        frozen = speed.Variant(host, "frozen", 4, torch.float32, "cpu")
+        frozen.step()
+        if host.joined:
+            joined = speed.Variant(host, "joined", 4, torch.float32, "cpu")
+            assert joined.forward().item() == pytest.approx(frozen.forward().item(), rel=1e-5)
+            assert speed.counts(joined)["ops"] < speed.counts(frozen)["ops"]
+
+
+def test_a_missed_goal_fails(speed, capsys):
+    import speed_goals
+
+    rows = [{"model": "linear", "rank": 128, "dtype": "float32", "variant": "lora", "over frozen": [ratio, 0, 0]}
+            for ratio in (1.9, 2.02, 2.1)]  # fmt: skip
+    said = [(speed_goals.check([row]), capsys.readouterr().out) for row in rows]
+    assert [passed for passed, _ in said] == [True, True, False]
+    for words, (_, out) in zip(("met", "within the slack", "missed"), said, strict=True):
+        assert words in out
+    assert {goal.host for goal in speed_goals.GOALS} <= set(speed.HOSTS)
+
+
+def test_no_pairs_are_refused(speed):
+    with pytest.raises(speed.InputError, match="--pairs.*0 measures nothing"):
+        speed.main(["--pairs", "0"])
+
+
+def test_the_loop_s_losses_are_the_script_s(speed):
+    import speed_loop
+
+    row = speed_loop.compare(size=32, divisor=32, layers=1, rank=2, pairs=2, checkpointing=True)
+    assert row["losses apart"] < 1e-5
+    assert row["operations, script / ours"] > 1.05  # the encoders
+    assert all(ratio > 0 for ratio in row["script / ours"])
