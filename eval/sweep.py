@@ -63,7 +63,8 @@ def single(plan: Plan, sweep: Path, args: argparse.Namespace) -> list[str]:
     """Run one sweep, or do with it what the flags ask for; returns the labels of the cells that failed."""
     sweep.mkdir(parents=True, exist_ok=True)
     runner = Runner(plan, sweep, ROOT)
-    tuning = tuning_of(plan, args.only)
+    # Rows need their method's tuning, whatever subjects and seeds are asked for.
+    tuning = plan.tuning_cells(args.only.get("method"))
     if args.report:
         report(plan, sweep, tuning, args.only)
         return []
@@ -107,18 +108,12 @@ def conclude(whole: reports.Report, place: Path, args: argparse.Namespace) -> st
     """Write the report of what has ended so far; returns its verdicts in words."""
     found, expected = {}, {}
     for name, plan in whole.plans.items():
-        tuning = tuning_of(plan, args.only)
+        tuning = plan.tuning_cells(args.only.get("method"))
         cells = [*tuning, *plan.cells(choices(plan, place / name, tuning, partly=True))]
         found[name], expected[name] = table.rows(plan, place / name, cells), len({cell.folder for cell in cells})
     note = "A quick report: it shows that everything runs, and its verdicts mean nothing." * args.quick
     page = reports.write(whole, place / whole.name, found, expected, note)
     return f"{(page.parent / 'report.md').read_text()}\nwritten to {page.parent}; look at {page}"
-
-
-def tuning_of(plan: Plan, only: dict[str, str]) -> list[Cell]:
-    """Rows need their method's tuning, whatever subjects and seeds are asked for."""
-    of_method = {name: value for name, value in only.items() if name == "method"}
-    return [cell for cell in plan.tuning_cells() if cell.matches(of_method)]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -239,6 +234,9 @@ def choices(plan: Plan, sweep: Path, tuning: list[Cell], partly: bool = False) -
                 tried = setting.values_for(method)
                 edge = len(tried) > 1 and value in (tried[0], tried[-1])
                 print(f"{method}: {setting.name} = {value}, by {setting.by}{' (at the end of its list)' * edge}")
+        for method, other in setting.like.items():
+            if setting.name in chosen.get(other, {}):
+                chosen.setdefault(method, {})[setting.name] = chosen[other][setting.name]
     return chosen
 
 

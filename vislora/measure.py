@@ -28,6 +28,8 @@ class Norms:
 
     norm: its Schatten p-norm for the p of the method's bound (p = 2 where the method has none).
     bound: what the method promises for `norm`, None if nothing; share: norm / bound.
+    up, down: the Frobenius norms of the two factors that train, as they are applied: all scale is in `up`, and what a
+    start takes off is left out. None where the update has no factors (NB-LoRA, figures 4 and 5, with its alpha = r).
     """
 
     frobenius: float
@@ -36,6 +38,9 @@ class Norms:
     p: float
     norm: float
     bound: float | None
+    nuclear: float | None = None
+    up: float | None = None
+    down: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -63,7 +68,8 @@ def norms(adapter: Handle, instead: Mapping[str, Update] | None = None) -> dict[
             out[name] = Norms(frobenius, _largest_value(delta.flatten(1)), size, 2.0, frobenius, None)
         return out
     for name, site, tensors, update in adapter.site_updates():
-        values = singular_values(update if instead is None else instead[name], site)
+        update = update if instead is None else instead[name]
+        values = singular_values(update, site)
         bound = adapter.method.bound(tensors)
         p = 2.0 if bound is None else bound.p
         out[name] = Norms(
@@ -73,6 +79,9 @@ def norms(adapter: Handle, instead: Mapping[str, Update] | None = None) -> dict[
             p=p,
             norm=linalg.schatten(values, p).item(),
             bound=None if bound is None else bound.delta.item(),
+            nuclear=linalg.schatten(values, 1).item(),
+            up=torch.linalg.vector_norm(update.up).item(),
+            down=torch.linalg.vector_norm(update.down).item(),
         )
     return out
 

@@ -19,8 +19,9 @@ from vislora.io import LORA_FILE, read
 from vislora.sweep import keep as rule
 
 BEST = ("--adapter", "lora", "--learning_rate", "0.02", "--max_train_steps", "5", "--instance_prompt", "a x dog",
-        "--class_prompt", "a dog", "--validation_prompt", "a x dog", "a cat", "x dog, far", "--num_validation_images",
-        "1", "--validation_inference_steps", "1", "--checkpointing_steps", "2", "--keep", "best")  # fmt: skip
+        "--class_prompt", "a dog", "--validation_prompt", "x dog, near", "a cat", "x dog, far", "a x dog",
+        "--num_validation_images", "1", "--validation_inference_steps", "1", "--checkpointing_steps", "2",
+        "--keep", "best")  # fmt: skip
 
 
 @pytest.fixture
@@ -133,7 +134,7 @@ def test_averages_and_every_kind_of_adapter_can_be_kept(run, of_world, pipe_of, 
     monkeypatch.setattr(rule, "fidelity", fidelity)
     average = () if adapter == "adalora" else ("--use_ema", "--ema_decay", "0.5")
     run(*BEST, "--adapter", adapter, "--learning_rate", "0.001", *average, "--output_dir", "out")
-    files = ["00-00.png", "01-00.png", "02-00.png"]
+    files = ["00-00.png", "01-00.png", "02-00.png", "03-00.png"]
     assert seen == [(name, 3, (0, 2), files) for name in scores]
     step, curve = kept_in("out")
     assert step == 4 and curve[1]["drift_denoising"] < curve[2]["drift_denoising"]
@@ -172,7 +173,8 @@ def test_what_is_missing_is_one_line(run, capsys, of_world, monkeypatch, tmp_pat
     start, end = BEST.index("--validation_prompt"), BEST.index("--num_validation_images")
     bare = (*BEST[:start], *BEST[end:])
     assert "give --validation_prompt" in refused(run, capsys, *bare)
-    assert "holds the token 'x'" in refused(run, capsys, *bare, "--validation_prompt", "a cat", "a box")
+    for prompts in (("a cat", "a box"), ("a cat", "a x dog.")):
+        assert "holds the token 'x'" in refused(run, capsys, *bare, "--validation_prompt", *prompts)
     assert "needs --class_prompt" in refused(run, capsys, *(w for w in BEST if w not in ("--class_prompt", "a dog")))
     assert "trains nothing" in refused(run, capsys, "--adapter", "none", *BEST[4:])
     few = [word for word in BEST if word not in ("--instance_prompt", "a x dog", "--class_prompt", "a dog")]

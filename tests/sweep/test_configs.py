@@ -67,7 +67,7 @@ def test_the_commands_that_evaluate_take_their_flags_and_columns(file):
 def test_rows_differ_in_the_method_alone(file):
     """Equal budgets: steps, batch and data are fixed for all, adapters have one rank, a rate is given or tuned."""
     plan = read(file)
-    tuned = {label for setting in plan.tune for label in setting.methods or plan.methods}
+    tuned = {label for setting in plan.tune for label in (*(setting.methods or plan.methods), *setting.like)}
     for label, settings in plan.methods.items():
         assert not {"max_train_steps", "train_batch_size", "instance_data_dir"} & settings.keys(), label
         if settings["adapter"] not in ("none", "full"):
@@ -80,7 +80,9 @@ def test_rates_are_chosen_on_subjects_and_seeds_that_are_not_reported():
     plan = read(FILES[0])
     tuning = plan.tuning_cells()
     assert not {cell.subject for cell in tuning} & set(plan.subjects) and not {c.seed for c in tuning} & set(plan.seeds)
-    assert {cell.method for cell in tuning} == set(plan.methods) - {"base"}
+    assert {cell.method for cell in tuning} | plan.tune[0].like.keys() == set(plan.methods) - {"base"}
+    for label, other in plan.tune[0].like.items():  # another bound of the same norm
+        assert plan.methods[label] | {"delta_ratio": 0} == plan.methods[other] | {"delta_ratio": 0}
     assert len(plan.subjects) == len(plan.seeds) == 3 and len(plan.cells({})) == 17 * 9
 
 

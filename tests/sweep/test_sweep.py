@@ -160,6 +160,21 @@ def test_what_only_asks_for_has_its_methods_tuning(sweep):
     assert [(r["rate"], r["seed"]) for r in sweep.runs()] == [(1, 7), (4, 7), (4, 1)]
 
 
+def test_a_method_may_take_what_is_chosen_for_another(sweep):
+    values = {"up": [1, 4, 2], "same": "up", "down": [1, 2]}
+    tune = {"rate": {"values": values, "by": "score", "seeds": [7]}}
+    sweep.write(methods={"same": {"offset": 2}, "up": {}, "down": {"offset": 1}}, tune=tune)
+    assert sweep.run("--only", "method=same")[1] == 0
+    assert [(r["rate"], r["seed"], r.get("offset")) for r in sweep.runs()] == [
+        (1, 7, None), (4, 7, None), (2, 7, None), (4, 0, 2)
+    ]  # fmt: skip
+    said, code = sweep.run()
+    assert code == 0 and "down: rate = 2, by score (at the end of its list)" in said and "same: rate" not in said
+    chosen = {"up": {"rate": 4}, "same": {"rate": 4}, "down": {"rate": 2}}
+    assert json.loads((sweep.out / "table.json").read_text())["chosen"] == chosen
+    assert len(sweep.runs()) == 5 + 3
+
+
 def test_dry_run_and_only(sweep):
     sweep.write(seeds=[0, 1], grid={"rate": [1, 2]})
     said, _ = sweep.run("--only", "rate=2,seed=1")
@@ -188,6 +203,7 @@ def test_one_factor_at_a_time_shares_the_run_of_the_centre(sweep):
         ({"grid": {"rate": {"values": [1], "methods": ["lara"]}}}, "no method 'lara' (did you mean lora?)"),
         ({"collect": {"score": "metrics.json"}}, "is no file:path"),
         ({"tune": {"rate": {"values": [1], "by": "loss", "seeds": [9]}}}, "by='loss'"),
+        ({"tune": {"rate": {"values": {"lora": "lore"}, "by": "score", "seeds": [9]}}}, "'lora' is as 'lore'"),
         ({"tune": {"rate": {"values": [1], "by": "score", "seeds": [0]}}}, "seeds [0] choose the value and are"),
     ],
 )

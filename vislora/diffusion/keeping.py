@@ -72,9 +72,12 @@ def keeper_of(options: DreamBoothOptions, method: Any, prompts: Sequence[str]) -
         token, _ = token_and_noun(o.instance_prompt, o.class_prompt)
     except InputError as error:
         raise InputError(_FLAG, error.wrong, 'give such as "a photo of sks dog" and "a photo of a dog"') from error
-    held_out = [i for i, prompt in enumerate(prompts) if {*token.split()} <= {*prompt.replace(",", " ").split()}]
+    trained = o.instance_prompt.rstrip(".")
+    asked = [i for i, prompt in enumerate(prompts) if prompt.rstrip(".") != trained]
+    held_out = [i for i in asked if {*token.split()} <= {*prompts[i].replace(",", " ").split()}]
     if not held_out:
-        raise InputError(_FLAG, f"no --validation_prompt holds the token {token!r}", "add some that do")
+        wrong = f"no --validation_prompt beside the instance prompt, which is trained on, holds the token {token!r}"
+        raise InputError(_FLAG, wrong, "add some that do")
     from vislora.metrics import backbones
 
     source, remedy = backbones.PAPERS, "let it be fetched from the hub once, or leave it out"
@@ -133,7 +136,9 @@ class Kept:
 
 @dataclass
 class Keeper:
-    """Scores a run's checkpoints and leaves the best in its adapter. held_out: the prompts that count, by number."""
+    """Scores a run's checkpoints and leaves the best in its adapter. held_out: the prompts that count, by number.
+
+    These have the token and are not the instance prompt."""
 
     options: DreamBoothOptions
     held_out: list[int]

@@ -20,7 +20,7 @@
     pictures: {...}                          # see vislora/sweep/pictures.py
 
 In `grid`, `factors` and `tune` a setting may be {values: [...], methods: [labels]}, for methods that have it; in `tune`
-`values` may also be {label: [...]}, a list for each method that is tuned.
+`values` may also be {label: [...]}, a list for each method that is tuned, and {label: other} takes what other is given.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ class Setting:
     goal: str = "max"
     seeds: list[int] = field(default_factory=list)
     own: dict[str, list[Any]] = field(default_factory=dict)
+    like: dict[str, str] = field(default_factory=dict)
     subjects: dict[str | None, Settings] | None = None
 
     def is_for(self, method: str) -> bool:
@@ -112,11 +113,14 @@ class Plan:
     title: str = ""
     pictures: list[Picture] = field(default_factory=list)
 
-    def tuning_cells(self) -> list[Cell]:
-        """The runs that `tune` needs: every value of every tuned setting, for each method that takes it."""
+    def tuning_cells(self, only: str | None = None) -> list[Cell]:
+        """The runs that `tune` needs: every value of every tuned setting, for each method that takes it.
+
+        only: a method; those runs alone that its settings are chosen by.
+        """
         cells = []
         for setting, (method, given) in itertools.product(self.tune, self.methods.items()):
-            if not setting.is_for(method):
+            if not setting.is_for(method) or (only is not None and method != setting.like.get(only, only)):
                 continue
             subjects = setting.subjects or self.subjects
             for value, subject, seed in itertools.product(setting.values_for(method), subjects, setting.seeds):
@@ -254,6 +258,17 @@ def _list(given: Any, where: str, kind: type) -> list:
     return list(given)
 
 
+def _lists_and_others(values: Mapping, where: str) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    """Of {label: list or another label}: the lists, and the labels that follow one that has a list."""
+    named = {str(label): own for label, own in values.items()}
+    like = {label: own for label, own in named.items() if isinstance(own, str)}
+    lists = {label: _list(own, where, object) for label, own in named.items() if label not in like}
+    for label, other in like.items():
+        if other not in lists:
+            raise InputError(where, f"{label!r} is as {other!r}{near(other, lists)}", "name a method with a list")
+    return lists, like
+
+
 def _settings(given: Any, where: str, methods: Mapping[str, Settings]) -> list[Setting]:
     found = []
     for name, value in _mapping(given, where).items():
@@ -264,8 +279,8 @@ def _settings(given: Any, where: str, methods: Mapping[str, Settings]) -> list[S
             if key in parts:
                 parts[key] = _list(parts[key], f"{where}, {name}, {key}", kind)
         if isinstance(values, Mapping) and values and "by" in parts and "methods" not in parts:
-            parts |= {"own": {str(label): _list(own, f"{where}, {name}", object) for label, own in values.items()},
-                      "methods": [str(label) for label in values]}  # fmt: skip
+            lists, like = _lists_and_others(values, f"{where}, {name}")
+            parts |= {"own": lists, "like": like, "methods": list(lists)}
             values = []
             values += [value for own in parts["own"].values() for value in own if value not in values]
         if "subjects" in parts:
@@ -273,7 +288,7 @@ def _settings(given: Any, where: str, methods: Mapping[str, Settings]) -> list[S
         if not isinstance(values, list) or not values or unknown:
             remedy = "give a list of values, or {values: [...], methods: [...]}"
             raise InputError(f"{where}, {name}", f"is {value!r}", remedy)
-        for label in parts.get("methods") or []:
+        for label in (*(parts.get("methods") or []), *parts.get("like", {})):
             if label not in methods:
                 raise InputError(f"{where}, {name}", f"no method {label!r}{near(label, methods)}", "take a label above")
         parts["own"] = {label: list(map(_plain, own)) for label, own in parts.get("own", {}).items()}

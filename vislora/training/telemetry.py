@@ -30,14 +30,15 @@ _PLAIN = ("none", "all")
 def layers(adapter: Handle) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """(per site: norm of the update, its ratio to the weight's, share of the bound; the largest of each).
 
-    `norm` is the Frobenius norm, `spectral` the largest singular value, `ratio` Frobenius over Frobenius. `share` is
-    there only for methods with a bound: the bounded Schatten norm over its bound.
+    `norm` is the Frobenius norm, `spectral` the largest singular value, `nuclear` the sum of them, `ratio` Frobenius
+    over Frobenius; `up` and `down` are the factors' Frobenius norms. `share` is there only for methods with a bound:
+    the bounded Schatten norm over its bound.
     """
     by_site, largest = {}, {}
     for name, n in norms(adapter).items():
-        by_site[name] = {"norm": n.frobenius, "spectral": n.spectral, "ratio": n.ratio}
-        if n.share is not None:
-            by_site[name]["share"] = n.share
+        seen = {"norm": n.frobenius, "spectral": n.spectral, "ratio": n.ratio, "share": n.share,
+                "nuclear": n.nuclear, "up": n.up, "down": n.down}  # fmt: skip
+        by_site[name] = {key: value for key, value in seen.items() if value is not None}
         for key, value in by_site[name].items():
             largest[key] = max(largest.get(key, 0.0), value)
     return by_site, {f"largest_{key}": value for key, value in largest.items()}
