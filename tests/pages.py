@@ -118,5 +118,5 @@ def known_flags() -> frozenset[str]:
         for name in cli.COMMANDS:
             with contextlib.suppress(SystemExit):
                 command_line(name, ["--help"])
-        print(launch_command_parser().format_help())
+        print(*(flag for action in launch_command_parser()._actions for flag in action.option_strings))
     return frozenset(re.findall(r"--[a-z]\w*", said.getvalue()))
