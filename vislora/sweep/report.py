@@ -190,7 +190,7 @@ def _values(one: Comparison, method: str, found: Sequence[Row]) -> dict[tuple[st
         if one.since is not None and cell.varied == one.since and value is not None:
             base[key] = value
         rest = {name: v for name, v in cell.varied.items() if name != one.worst}
-        if rest == one.where and (one.worst is None or one.worst in cell.varied):
+        if rest == one.where:  # of a factor, the point that it is varied around counts too
             counts[key] = counts.get(key, 0) + 1
             by.setdefault(key, []).extend([] if value is None else [value])
     most = max(counts.values(), default=0)
