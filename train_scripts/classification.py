@@ -20,6 +20,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 import vislora
-from vislora import adapters, config, optim, world
+from vislora import adapters, config, optim, probe, world
 from vislora.baselines import BASELINES
 from vislora.errors import InputError, run_script
 from vislora.training import checkpoint, telemetry
@@ -81,6 +82,7 @@ def parse(argv: list[str]) -> tuple[ClassificationOptions, vislora.Method]:
     if options.model_name_or_path is None and options.dataset_name is None:
         options, method = config.parse(ClassificationOptions, argv, base=world.defaults("classification"), **words)
     options.require_whole()
+    probe.require_fit(options.probe_steps, method)
     optim.require_fit(options.optimizer, method)
     return options, method
 
@@ -103,8 +105,8 @@ class Run:
         o = self.options = options
         self.adapter, self.accelerator, self.model, self.sets, self.folder = adapter, accelerator, model, sets, folder
         self.main, preprocess = accelerator.is_main_process, model.tower.preprocess
-        a_step = o.train_batch_size * o.gradient_accumulation_steps * accelerator.num_processes
-        self.total = o.max_train_steps or math.ceil(o.num_train_epochs * len(sets.train) / a_step)
+        self.step_images = o.train_batch_size * o.gradient_accumulation_steps * accelerator.num_processes
+        self.total = o.max_train_steps or math.ceil(o.num_train_epochs * len(sets.train) / self.step_images)
         self.tuned = Tuned(adapter, model.head, o, self.total)
         self.stream = augment.Stream(sets.train, augment.training(preprocess, o), o.seed)
         self.mix = augment.mixer(o, len(sets.train.classes))
@@ -176,21 +178,18 @@ class Run:
                     log.write(done, values | largest, by_site)
                     bar.set_postfix(loss=f"{values['loss']:.3f}")
                 loss_sum, logged, since = 0.0, done, time.perf_counter()
+            pause = time.perf_counter()
+            if o.probe_steps and done % o.probe_steps == 0 and done < self.total:
+                self.probe(done, log)
             if done % self.every == 0 or done == self.total:
-                pause = time.perf_counter()
                 self.measure(done, log)
-                since += time.perf_counter() - pause
+            since += time.perf_counter() - pause
             if self.main and (done % o.checkpointing_steps == 0 or stop):
                 self.tuned.save(self.folder.checkpoints, done, self.about())
             if stop:
                 break
         bar.close()
         self.model.eval()
-
-    @property
-    def step_images(self) -> int:
-        o = self.options
-        return o.train_batch_size * o.gradient_accumulation_steps * self.accelerator.num_processes
 
     def backward(self, batches) -> torch.Tensor:
         """Forward and backward over the next optimizer step's batches. Returns the mean loss, the penalty in it."""
@@ -210,6 +209,14 @@ class Run:
             self.accelerator.backward(penalty)
             total = total + penalty.detach()
         return total
+
+    def probe(self, step: int, log: telemetry.Log) -> None:
+        """The cosine of full and equivalent gradient in every site, over the batches of the step to come."""
+        backward = partial(self.backward, self.batches(step))
+        found = probe.cosines(self.adapter, backward, self.options.gradient_accumulation_steps)
+        self.tuned.zero_grad()  # the head's, which is no part of the adapter
+        if self.main:
+            log.write(step, *telemetry.alignment(found))
 
     def measure(self, step: int, log: telemetry.Log) -> None:
         """Validation and source accuracy after `step` steps, of the averaged model where there is one."""

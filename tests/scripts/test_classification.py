@@ -185,6 +185,55 @@ def test_another_run_is_not_gone_on_with(run, capsys):
     assert "max_train_steps" in refused(run, capsys, *resume, "--max_train_steps", "9")
 
 
+def test_the_gradient_probe_is_logged_and_changes_neither_adapter_nor_head(run):
+    usual = ("--gradient_accumulation_steps", "2", "--mixup_alpha", "0.2")
+    for place, more in (("plain", ()), ("probed", ("--probe_steps", "1"))):
+        run(*usual, *more, "--output_dir", place)
+    for file in ("adapter/adapter.safetensors", "head.safetensors"):
+        plain, probed = (read(Path(place) / file)[0] for place in ("plain", "probed"))
+        assert all(torch.equal(t, probed[k]) for k, t in plain.items())
+    said = [line for line in lines("probed") if "cosine" in line]
+    assert [line["step"] for line in said] == [1, 2, 3] and all(-1 <= line["cosine"] <= 1 for line in said)
+
+
+def test_the_gradient_probe_refuses_what_has_no_low_rank_update(run, capsys):
+    assert "--probe_steps" in refused(run, capsys, "--adapter", "full", "--probe_steps", "1")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A CLIP of random weights and 16 pixels, in a folder that open_clip's local-dir: reads, with a BPE of its own."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    place = tmp_path_factory.mktemp("clip")
+    vision = {"image_size": 16, "layers": 2, "width": 24, "head_width": 8, "patch_size": 4}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    shape = {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}
+    about = {"model_cfg": shape, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    (place / "open_clip_config.json").write_text(json.dumps(about))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.create_model(f"local-dir:{place}", load_weights=False)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, place / "open_clip_model.safetensors")
+    return place
+
+
+@pytest.mark.parametrize("method", ["lora", "nb_lora", "full", "none"])
+def test_a_clip_tower_trains_and_its_zero_shot_accuracy_is_the_source(run, clip, method):
+    flags = () if method == "none" else ("--learning_rate", "0.02")
+    run("--model_name_or_path", str(clip), "--adapter", method, "--zero_shot_templates", "simple", *flags)
+    said = metrics("runs/0001")
+    assert 0 <= said["source_accuracy_before"] <= 1 and said["source_images"] == 16
+    assert (said["source_feature_cka"] == pytest.approx(1, abs=1e-12)) == (method == "none")
+    assert said["head_parameters"] == 12 * 3 + 3
+    if method == "none":
+        assert said["source_accuracy"] == said["source_accuracy_before"]
+    if method == "lora":
+        rank, sites = 16, 4
+        assert said["trainable_parameters"] == sites * rank * (24 + 24)
+
+
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(run, world, tmp_path):
     flags = ["--model_name_or_path", str(world / "vit"), "--dataset_name", str(world / "target"), "--adapter", "lora",

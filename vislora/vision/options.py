@@ -16,7 +16,8 @@ _TRAIN, _OPTIMIZER, _EVALUATION, _RUN = "training", "optimizer", "evaluation", "
 
 # What a resumed run may change: no step already made was a function of it.
 FREE_ON_RESUME = frozenset({
-    "output_dir", "logging_steps", "report_to", "checkpointing_steps", "checkpoints_total_limit", "final_model",
+    "output_dir", "logging_steps", "probe_steps", "report_to", "checkpointing_steps", "checkpoints_total_limit",
+    "final_model",
     "resume_from_checkpoint", "dry_run", "eval_batch_size", "cpu_threads", "dataloader_num_workers", "data_dir",
     "dataset_name", "source_dataset_name", "model_name_or_path", "export_rank", "knn",
 })  # fmt: skip
@@ -139,6 +140,9 @@ class ClassificationOptions:
     output_dir: str | None = option(None, "the run's folder; none: a new number under runs/", group=_RUN)
     seed: int = option(0, "all chance in the run is a function of it", group=_RUN)
     logging_steps: int = option(10, "steps between lines of metrics.jsonl", group=_RUN)
+    probe_steps: int | None = option(
+        None, "steps between cosines of full and equivalent gradient (OD-LoRA's measure); none: never", group=_RUN
+    )
     report_to: Literal["tensorboard", "none"] = option("tensorboard", "where else metrics go", group=_RUN)
     checkpointing_steps: int = option(500, "steps between checkpoints", group=_RUN, aliases=("save_steps",))
     checkpoints_total_limit: int | None = option(2, "how many to keep; none: all", group=_RUN,
