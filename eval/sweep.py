@@ -4,10 +4,14 @@
     python eval/sweep.py --config configs/sweeps/figure6.yaml --dry_run
     python eval/sweep.py --config configs/sweeps/figure6.yaml --only method=nb_lora,seed=0
     python eval/sweep.py --config configs/sweeps/figure6.yaml --report
+    python eval/sweep.py --config configs/sweeps/all.yaml --minutes 100
 
 What the file holds is told in vislora/sweep/plan.py. Every run (a cell) is a process of its own in a folder that is
 named by its content, so that an interrupted sweep goes on where it was, a changed one runs what changed, and a failed
 cell stops nothing. The table is written anew after every cell: cells.csv, table.csv, table.json, table.md.
+
+A file with `plans` (vislora/sweep/report.py) runs several sweeps, each in the folder that it has alone, and writes one
+report with a verdict for each claim. --quick makes every sweep of it small, to see that all of it runs.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from vislora.errors import InputError, run_script
+from vislora.sweep import report as reports
 from vislora.sweep import table
 from vislora.sweep.cells import Place, Runner
 from vislora.sweep.plan import Cell, Plan, read
@@ -32,18 +37,40 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    plan = read(args.config)
-    sweep = Path(args.output_dir or f"runs/sweeps/{plan.name}")
+    for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGALRM] if args.minutes else [])):
+        signal.signal(number, _interrupt)
+    if args.minutes:
+        signal.setitimer(signal.ITIMER_REAL, 60 * args.minutes)
+    try:
+        if reports.is_report(args.config):
+            failed = several(reports.read(args.config, args.quick), args)
+        elif args.quick:
+            raise InputError("--quick", f"{args.config} is one sweep", "name a file with plans, or leave it out")
+        else:
+            plan = read(args.config)
+            failed = single(plan, Path(args.output_dir or f"runs/sweeps/{plan.name}"), args)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    if failed:
+        print(f"{len(failed)} cells failed: {'; '.join(failed[:5])}", file=sys.stderr)
+        sys.exit(1)
+
+
+def single(plan: Plan, sweep: Path, args: argparse.Namespace) -> list[str]:
+    """Run one sweep, or do with it what the flags ask for; returns the labels of the cells that failed."""
     sweep.mkdir(parents=True, exist_ok=True)
     runner = Runner(plan, sweep, ROOT)
     # Rows need their method's tuning, whatever subjects and seeds are asked for.
     tuning = plan.tuning_cells(args.only.get("method"))
     if args.report:
-        return report(plan, sweep, tuning, args.only)
+        report(plan, sweep, tuning, args.only)
+        return []
     if args.dry_run:
-        return show(plan, sweep, [*tuning, *plan.cells({})], args.workers)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+        show(plan, sweep, [*tuning, *plan.cells({})], args.workers)
+        return []
     try:
         failed = work(plan, sweep, runner, tuning, tuning, args.workers)
         chosen = choices(plan, sweep, tuning)
@@ -51,12 +78,42 @@ def main(argv: list[str]) -> None:
         failed += work(plan, sweep, runner, cells, [*tuning, *cells], args.workers, chosen)
     except KeyboardInterrupt:
         runner.stop()
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        raise
     report(plan, sweep, tuning, args.only)
-    if failed:
-        print(f"{len(failed)} cells failed: {'; '.join(failed[:5])}", file=sys.stderr)
-        sys.exit(1)
+    return failed
+
+
+def several(whole: reports.Report, args: argparse.Namespace) -> list[str]:
+    """Run the sweeps of a report one after another, and write it anew after each; returns the failed cells' labels.
+
+    A sweep that cannot go on, its tuning having failed, does not stop those after it.
+    """
+    place, failed = Path(args.output_dir or ("runs/sweeps/quick" if args.quick else "runs/sweeps")), []
+    try:
+        for name, plan in whole.plans.items():
+            print(f"\n== {name}: {plan.title or plan.name}", flush=True)
+            try:
+                failed += [f"{name}: {label}" for label in single(plan, place / name, args)]
+            except InputError as error:
+                failed.append(f"{name}: {error}")
+            if not args.dry_run and not args.report:
+                conclude(whole, place, args)
+    finally:
+        if not args.dry_run:
+            print(f"\n{conclude(whole, place, args)}")
+    return failed
+
+
+def conclude(whole: reports.Report, place: Path, args: argparse.Namespace) -> str:
+    """Write the report of what has ended so far; returns its verdicts in words."""
+    found, expected = {}, {}
+    for name, plan in whole.plans.items():
+        tuning = plan.tuning_cells(args.only.get("method"))
+        cells = [*tuning, *plan.cells(choices(plan, place / name, tuning, partly=True))]
+        found[name], expected[name] = table.rows(plan, place / name, cells), len({cell.folder for cell in cells})
+    note = "A quick report: it shows that everything runs, and its verdicts mean nothing." * args.quick
+    page = reports.write(whole, place / whole.name, found, expected, note)
+    return f"{(page.parent / 'report.md').read_text()}\nwritten to {page.parent}; look at {page}"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -67,6 +124,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="method=NAME,seed=0,...: these, and the tuning of their methods")
     parser.add_argument("--dry_run", action="store_true", help="list the cells and the time that is left")
     parser.add_argument("--report", action="store_true", help="run nothing: tables, pictures and page of what is there")
+    parser.add_argument("--minutes", type=float, help="stop after so many, as a signal would; run again to go on")
+    parser.add_argument("--quick", action="store_true", help="of a file of several sweeps: each as small as it says")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
     pairs = [part.split("=", 1) for part in args.only.split(",") if part]
@@ -75,6 +134,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.only = dict(pairs)
     if args.workers is not None and args.workers < 1:
         raise InputError("--workers", f"{args.workers} is less than 1", "give the number of cells at a time")
+    if args.minutes is not None and not args.minutes > 0:
+        raise InputError("--minutes", f"{args.minutes} is not positive", "give the minutes after which to stop")
     args.workers = args.workers or max(1, _gpus())
     return args
 

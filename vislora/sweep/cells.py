@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -48,16 +49,31 @@ class Place:
             return None
 
     def value(self, where: str) -> float | None:
-        """A number of the run: `where` is file:dotted.path (the last line, of a .jsonl); None where it is missing."""
+        """A number of the run: `where` is file:dotted.path; None where it is missing.
+
+        Of a .jsonl it is the last line that has it, and with mean(path) the mean over all lines that have it.
+        """
         file, _, path = where.partition(":")
+        mean = file.endswith(".jsonl") and path.startswith("mean(") and path.endswith(")")
+        steps = (path[5:-1] if mean else path).split(".")
         try:
             text = (self.run / file).read_text()
-            found: Any = json.loads(text.strip().splitlines()[-1] if file.endswith(".jsonl") else text)
-            for step in path.split("."):
-                found = found[int(step)] if isinstance(found, list) else found[step]
-            return float(found)
-        except (OSError, ValueError, KeyError, IndexError, TypeError):
+        except OSError:
             return None
+        found = [_number(line, steps) for line in (text.splitlines() if file.endswith(".jsonl") else [text])]
+        held = [value for value in found if value is not None]
+        return math.fsum(held) / len(held) if mean and held else held[-1] if held else None
+
+
+def _number(text: str, steps: list[str]) -> float | None:
+    """The number in a JSON text that the steps lead to; None where there is none."""
+    try:
+        found: Any = json.loads(text)
+        for step in steps:
+            found = found[int(step)] if isinstance(found, list) else found[step]
+        return float(found)
+    except (ValueError, KeyError, IndexError, TypeError):
+        return None
 
 
 def commands(plan: Plan, place: Place, root: Path) -> list[list[str]]:

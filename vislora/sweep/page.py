@@ -34,32 +34,41 @@ figure { margin: 0 } figure img { display: block; width: 100%; max-width: 44rem;
 def write(plan: Plan, sweep: Path, found: Sequence[Row], chosen: dict[str, dict[str, Any]], drawn: Sequence[Drawn],
           expected: int) -> Path:  # fmt: skip
     """Write `sweep`/index.html and return its path. expected: how many cells the whole sweep has, tuning included."""
-    failed = [row for row in found if row.failure]
-    title = escape(plan.title or plan.name)
-    parts = [
-        "<!doctype html>", '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{title}</title><style>{STYLE}</style></head><body>", f"<h1>{title}</h1>",
-        f'<p class="note">{len(found) - len(failed)} of {expected} runs done, {len(failed)} failed; seeds '
-        f"{', '.join(map(str, plan.seeds))}; {datetime.now():%Y-%m-%d %H:%M}.</p>",
-        "<h2>Table</h2>", _table(plan, found),
-    ]  # fmt: skip
+    title = plan.title or plan.name
+    parts = [count(plan, found, expected), "<h2>Table</h2>", table(plan, found)]
     for one in drawn:
         parts += _figure(one)
-    parts += [*_choices(chosen), *_failures(failed), "</body></html>\n"]
-    path = sweep / "index.html"
-    write_bytes(path, "\n".join(parts).encode())
+    failed = [row for row in found if row.failure]
+    return whole(title, [*parts, *_choices(chosen), *_failures(failed)], sweep / "index.html")
+
+
+def whole(title: str, parts: Sequence[str], path: Path) -> Path:
+    """Write a page of a title and parts of HTML, and return its path."""
+    head = [
+        "<!doctype html>", '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>", f"<h1>{escape(title)}</h1>",
+    ]  # fmt: skip
+    write_bytes(path, "\n".join([*head, *parts, "</body></html>\n"]).encode())
     return path
 
 
-def _table(plan: Plan, found: Sequence[Row]) -> str:
-    table = groups(plan, found)
-    if not table:
+def count(plan: Plan, found: Sequence[Row], expected: int) -> str:
+    """How much of a sweep is there, as a line of HTML."""
+    failed = sum(bool(row.failure) for row in found)
+    return (f'<p class="note">{len(found) - failed} of {expected} runs done, {failed} failed; seeds '
+            f"{', '.join(map(str, plan.seeds))}; {datetime.now():%Y-%m-%d %H:%M}.</p>")  # fmt: skip
+
+
+def table(plan: Plan, found: Sequence[Row]) -> str:
+    """The means with their intervals, as a table of HTML."""
+    shown = groups(plan, found)
+    if not shown:
         return '<p class="note">No run of the table has ended yet.</p>'
-    varied = list(dict.fromkeys(name for group in table for name in group.varied))
+    varied = list(dict.fromkeys(name for group in shown for name in group.varied))
     head = "".join(f"<th>{escape(str(word))}</th>" for word in ("method", *varied, *plan.collect))
     body = []
-    for group in table:
+    for group in shown:
         label = escape(group.method) + (f' <small class="failed">{group.failed} failed</small>' if group.failed else "")
         own = "".join(f"<td>{escape(str(group.varied.get(name, '')))}</td>" for name in varied)
         means = "".join(f"<td>{_mean(group.means[column])}</td>" for column in plan.collect)

@@ -14,7 +14,8 @@
       learning_rate: {values: [1e-3, 1e-2], by: validation_accuracy, goal: max, seeds: [100]}
                                              # also subjects: {label: settings}, to choose on others than are reported
     evaluate: ["eval/forgetting.py --run {run}"]
-    collect: {source: metrics.json:source_accuracy}   # a column of the table: file in the run, path in its JSON
+    collect: {source: metrics.json:source_accuracy}   # a column of the table: file in the run, path in its JSON; of a
+                                             # .jsonl the last line that has it, or mean(path) over all that have it
     title: Figure 6                          # of the page
     pictures: {...}                          # see vislora/sweep/pictures.py
 
@@ -157,9 +158,15 @@ _KEYS = ("script", "fixed", "methods", "subjects", "seeds", "grid", "factors", "
          "title", "pictures")  # fmt: skip
 
 
-def read(file: str | Path) -> Plan:
-    """The plan of a YAML file. Raises InputError, one line, for what it cannot mean."""
+def read(file: str | Path, less: Mapping[str, Any] | None = None) -> Plan:
+    """The plan of a YAML file. Raises InputError, one line, for what it cannot mean.
+
+    less: to make it smaller: `fixed` is added to the file's, `methods` and `subjects` are the labels that stay, and
+    other keys stand in the place of the file's. Pictures are left out then.
+    """
     raw, name = read_yaml(file), str(file)
+    if less is not None:
+        raw = _smaller(raw, less, name)
     for key in raw:
         if key not in _KEYS:
             raise InputError(f"{name}, {key}", f"is no part of a sweep{near(key, _KEYS)}", "take " + ", ".join(_KEYS))
@@ -192,6 +199,19 @@ def read(file: str | Path) -> Plan:
         if ":" not in str(path):
             raise InputError(f"{name}, collect, {column}", f"{path!r} is no file:path", "as in metrics.json:accuracy")
     return plan
+
+
+def _smaller(raw: dict[str, Any], less: Mapping[str, Any], name: str) -> dict[str, Any]:
+    small = {key: value for key, value in raw.items() if key != "pictures"} | dict(less)
+    small["fixed"] = {**_mapping(raw.get("fixed"), f"{name}, fixed"), **_mapping(less.get("fixed"), f"{name}, fixed")}
+    for key in ("methods", "subjects"):
+        if key in less:
+            known = _mappings(raw.get(key), f"{name}, {key}")
+            small[key] = {label: known.get(label) for label in _list(less[key], f"{name}, {key}", str)}
+            if strange := [label for label in small[key] if label not in known]:
+                wrong = f"no {strange[0]!r}{near(strange[0], known)}"
+                raise InputError(f"{name}, {key}", wrong, f"take some of {', '.join(known)}")
+    return small
 
 
 def _mapping(given: Any, where: str) -> dict[str, Any]:
