@@ -4,7 +4,7 @@ It adds the update's two thin products into what the layer returned, or the laye
 once; it makes the gradients of input and factors together, the frozen layer's included. Which of the ways has the
 fewest operations depends on width, rank and tokens (RunLoRA, Cherniuk et al. 2023, arXiv 2312.03415, chooses so too).
 Methods know nothing of it, and `vislora.update.Update.apply` stays as the plain way, which everything that this one
-does not take goes through: convolutions, dropout on inputs, quantized and sharded weights, torch.compile, which fuses
+does not take goes through: convolutions, dropout on inputs, quantized and offloaded weights, torch.compile, which fuses
 by itself, torch.func and forward-mode derivatives.
 """
 
