@@ -31,13 +31,12 @@ import vislora
 from vislora import adapters, config, distributed, optim, probe, world
 from vislora.baselines import BASELINES
 from vislora.errors import InputError, run_script
-from vislora.language import models, results
+from vislora.language import models, processes, results
 from vislora.language.batches import Plan, collate
 from vislora.language.data import Data
 from vislora.language.evaluation import Evaluation
 from vislora.language.loss import share, token_losses
 from vislora.language.options import FREE_ON_RESUME, CausalLMOptions
-from vislora.language.processes import require_served
 from vislora.training import checkpoint, telemetry
 from vislora.training.cores import require_device, use_cores
 from vislora.training.dry_run import describe
@@ -55,7 +54,7 @@ def main(argv: list[str]) -> None:
     precision = accelerator.mixed_precision
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("--mixed_precision", "fp16 is not supported on a CPU", "take bf16 or no")
-    require_served(accelerator)
+    processes.require_served(accelerator, method, options.load_in_4bit or options.load_in_8bit)
     torch.backends.cuda.matmul.allow_tf32 = options.tf32
     use_cores(accelerator.num_processes, options.cpu_threads)
 
@@ -106,6 +105,8 @@ class Run:
         self.options, self.adapter, self.folder = options, adapter, folder
         self.accelerator, self.inner, self.tokenizer, self.data = accelerator, model, tokenizer, data
         self.main, self.device = accelerator.is_main_process, accelerator.device
+        self.sharded = processes.is_sharding(accelerator)
+        self.reads = self.main or self.sharded  # what reads the base's weights
         self.trains = next(adapter.parameters(), None) is not None
         self.evaluation = Evaluation(options, data.held_out, tokenizer, folder.samples)
         self.mask_dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -125,7 +126,7 @@ class Run:
             options.lr_scheduler_type, optimizer, num_warmup_steps=options.warmup(self.total),
             num_training_steps=self.total,
         )  # fmt: skip
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = processes.prepare(accelerator, model, optimizer, adapter.parameters())
         adapter.bind(self.optimizer, self.total, first_rate(self.scheduler, self.total))
 
     def go(self) -> None:
@@ -142,10 +143,10 @@ class Run:
                 self.adapter.prepare(lambda: self.backward(next(steps))["loss"])
             if self.trains:
                 self.train(start, log, stop)
-            if not stop:
+            if not self.stopping(stop):
                 values = self.evaluate(self.total, log) if self.trains else self.values
                 self.finish(values)
-        if stop:
+        if self.stopping(stop):
             again = f"--output_dir {self.folder.path} --resume_from_checkpoint latest"
             print(f"vislora: stopped by a signal; to go on, add {again}", file=sys.stderr)
             raise SystemExit(stop.status)
@@ -182,8 +183,8 @@ class Run:
                 values |= {"lr": rate, "seconds_per_step": took / (done - logged), "tokens_per_second": tokens / took}
                 values["epoch"] = done * self.a_step / self.plan.rows(1)
                 values["memory_mib"] = models.memory_mib(self.device)
+                by_site, largest = telemetry.layers(self.adapter) if self.reads else ({}, {})
                 if self.main:
-                    by_site, largest = telemetry.layers(self.adapter)
                     log.write(done, values | largest, by_site)
                     bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{values['lr']:.1e}")
                 sums, logged, since, tokens = {}, done, time.perf_counter(), 0
@@ -192,12 +193,13 @@ class Run:
                 if self.main:
                     log.write(done, *telemetry.alignment(found))
                 since = time.perf_counter()
-            if self.main and (done % o.save_steps == 0 or stop):
+            stopping = self.stopping(stop)
+            if self.reads and (done % o.save_steps == 0 or stopping):
                 self.save(done)
             if o.eval_steps and done % o.eval_steps == 0 and done < self.total:
                 self.evaluate(done, log)
                 since = time.perf_counter()
-            if stop:
+            if stopping:
                 break
         bar.close()
         self.model.eval()
@@ -228,7 +230,14 @@ class Run:
                 total = total + loss.detach()
                 # once an optimizer step, whatever the accumulation
                 self.accelerator.backward(loss if penalty is None or not last else loss + penalty)
+        if self.sharded:
+            processes.average_gradients(self.adapter.parameters(), self.device)
         return {"loss": total} if penalty is None else {"loss": total, "penalty": penalty.detach()}
+
+    def stopping(self, stop: InterruptFlag) -> bool:
+        """Whether a signal came; to any process, where all go on together or not at all."""
+        asked = torch.tensor(float(bool(stop)))
+        return bool(distributed.mean(asked, self.device) > 0 if self.sharded else asked)
 
     def require_finite(self, parts: dict[str, torch.Tensor], step: int) -> None:
         """Stop before a step that would put NaN into what trains; what was saved before stays whole."""
@@ -253,10 +262,11 @@ class Run:
         return {"config": config.to_dict(self.options) | own, "data": self.data.digest}
 
     def save(self, step: int) -> None:
-        save_state(
-            self.folder.checkpoints, step, self.adapter, self.optimizer.optimizer, self.scheduler,
-            self.accelerator.scaler, self.about(), self.options.save_total_limit,
-        )  # fmt: skip
+        with processes.written(self.folder, self.main) as folder:
+            save_state(
+                folder.checkpoints, step, self.adapter, self.optimizer.optimizer, self.scheduler,
+                self.accelerator.scaler, self.about(), self.options.save_total_limit,
+            )  # fmt: skip
 
     def resume(self) -> int:
         """Bring the run back to its checkpoint; returns the step to go on from."""
@@ -277,11 +287,12 @@ class Run:
 
     def finish(self, values: dict[str, float]) -> None:
         """The adapter in our format and in PEFT's, the whole model where it is asked for, metrics, the card."""
-        if self.main:
-            results.conclude(
-                self.folder, self.options, self.adapter, self.inner, self.tokenizer, AutoModelForCausalLM,
-                self.total if self.trains else 0, values, self.device,
-            )  # fmt: skip
+        if self.reads:
+            with processes.written(self.folder, self.main) as folder:
+                results.conclude(
+                    folder, self.options, self.adapter, self.inner, self.tokenizer, AutoModelForCausalLM,
+                    self.total if self.trains else 0, values, self.device, self.main,
+                )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -32,12 +32,11 @@ import vislora
 from vislora import adapters, config, distributed, optim, probe, world
 from vislora.baselines import BASELINES
 from vislora.errors import InputError, run_script
-from vislora.language import models, results
+from vislora.language import models, processes, results
 from vislora.language.batches import Plan
 from vislora.language.classification import ClassificationOptions, Labelled, WithHead, collate, encoder_targets
 from vislora.language.metrics import METRICS
 from vislora.language.options import FREE_ON_RESUME
-from vislora.language.processes import require_served
 from vislora.training import checkpoint, telemetry
 from vislora.training.cores import require_device, use_cores
 from vislora.training.dry_run import describe
@@ -57,7 +56,7 @@ def main(argv: list[str]) -> None:
     precision = accelerator.mixed_precision
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("--mixed_precision", "fp16 is not supported on a CPU", "take bf16 or no")
-    require_served(accelerator)
+    processes.require_served(accelerator, method, options.load_in_4bit or options.load_in_8bit)
     torch.backends.cuda.matmul.allow_tf32 = options.tf32
     use_cores(accelerator.num_processes, options.cpu_threads)
 
@@ -116,6 +115,8 @@ class Run:
         self.options, self.adapter, self.folder = options, adapter, folder
         self.accelerator, self.inner, self.tokenizer, self.data = accelerator, model, tokenizer, data
         self.main, self.device = accelerator.is_main_process, accelerator.device
+        self.sharded = processes.is_sharding(accelerator)
+        self.reads = self.main or self.sharded  # what reads the base's weights
         self.plan = Plan([len(ids) for ids in data.train], options.seed)
         self.micros = options.gradient_accumulation_steps
         self.a_step = options.per_device_train_batch_size * self.micros * accelerator.num_processes
@@ -139,7 +140,7 @@ class Run:
             options.lr_scheduler_type, optimizer, num_warmup_steps=options.warmup(self.total),
             num_training_steps=self.total,
         )  # fmt: skip
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = processes.prepare(accelerator, model, optimizer, adapter.parameters())
         if next(handle.parameters(), None) is not None:
             handle.bind(self.optimizer, self.total, first_rate(self.scheduler, self.total))
 
@@ -156,14 +157,15 @@ class Run:
                 self.optimizer.zero_grad()
             self.best: dict[str, float] = {}
             self.train(start, log, stop)
-            if self.main and not stop:
+            if self.reads and not self.stopping(stop):
                 values = {**self.evaluate(self.total, log), **{f"best_{k}": v for k, v in self.best.items()}}
-                self.adapter.save(self.folder.adapter)
-                results.conclude(
-                    self.folder, o, self.adapter.adapter, self.inner, self.tokenizer, AUTO, self.total, values,
-                    self.device,
-                )  # fmt: skip
-        if stop:
+                with processes.written(self.folder, self.main) as folder:
+                    self.adapter.save(folder.adapter)
+                    results.conclude(
+                        folder, o, self.adapter.adapter, self.inner, self.tokenizer, AUTO, self.total, values,
+                        self.device, self.main,
+                    )  # fmt: skip
+        if self.stopping(stop):
             again = f"--output_dir {self.folder.path} --resume_from_checkpoint latest"
             print(f"vislora: stopped by a signal; to go on, add {again}", file=sys.stderr)
             raise SystemExit(stop.status)
@@ -194,8 +196,8 @@ class Run:
                 values = {k: float(distributed.mean(v, self.device)) / (done - logged) for k, v in sums.items()}
                 values |= {"lr": rate, "seconds_per_step": (time.perf_counter() - since) / (done - logged)}
                 values["memory_mib"] = models.memory_mib(self.device)
+                by_site, largest = telemetry.layers(self.adapter.adapter) if self.reads else ({}, {})
                 if self.main:
-                    by_site, largest = telemetry.layers(self.adapter.adapter)
                     log.write(done, values | largest, by_site)
                     bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{values['lr']:.1e}")
                 sums, logged, since = {}, done, time.perf_counter()
@@ -205,12 +207,13 @@ class Run:
                 if self.main:
                     log.write(done, *telemetry.alignment(found))
                 since = time.perf_counter()
-            if self.main and (done % o.save_steps == 0 or stop):
+            stopping = self.stopping(stop)
+            if self.reads and (done % o.save_steps == 0 or stopping):
                 self.save(done)
-            if self.main and done % (o.eval_steps or self.an_epoch) == 0 and done < self.total:
+            if self.reads and done % (o.eval_steps or self.an_epoch) == 0 and done < self.total:
                 self.evaluate(done, log)
                 since = time.perf_counter()
-            if stop:
+            if stopping:
                 break
         bar.close()
         self.model.eval()
@@ -235,7 +238,14 @@ class Run:
                 one = one / self.micros
                 total = total + one.detach()
                 self.accelerator.backward(one if penalty is None or not last else one + penalty)
+        if self.sharded:
+            processes.average_gradients(self.adapter.parameters(), self.device)
         return {"loss": total} if penalty is None else {"loss": total, "penalty": penalty.detach()}
+
+    def stopping(self, stop: InterruptFlag) -> bool:
+        """Whether a signal came; to any process, where all go on together or not at all."""
+        asked = torch.tensor(float(bool(stop)))
+        return bool(distributed.mean(asked, self.device) > 0 if self.sharded else asked)
 
     @torch.no_grad()
     def evaluate(self, step: int, log: telemetry.Log) -> dict[str, float]:
@@ -251,6 +261,8 @@ class Run:
         wanted = [int(x) for x in self.data.held_labels] if self.data.classes else self.data.held_labels
         values = {f"eval_{name}": METRICS[name](found, wanted) for name in self.data.metrics}
         self.best = {name: max(value, self.best.get(name, value)) for name, value in values.items()}
+        if not self.main:
+            return values
         log.write(step, values, {})
         tqdm.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
         return values
@@ -261,10 +273,11 @@ class Run:
         return {"config": config.to_dict(self.options) | own, "data": digest}
 
     def save(self, step: int) -> None:
-        save_state(
-            self.folder.checkpoints, step, self.adapter, self.optimizer.optimizer, self.scheduler,
-            self.accelerator.scaler, self.about(), self.options.save_total_limit,
-        )  # fmt: skip
+        with processes.written(self.folder, self.main) as folder:
+            save_state(
+                folder.checkpoints, step, self.adapter, self.optimizer.optimizer, self.scheduler,
+                self.accelerator.scaler, self.about(), self.options.save_total_limit,
+            )  # fmt: skip
 
     def resume(self) -> int:
         """Bring the run back to its checkpoint; returns the step to go on from."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as group
 
 
@@ -34,6 +34,13 @@ def is_sharded(tensor: Tensor) -> bool:
     nothing has imported it no tensor can be one."""
     library = sys.modules.get("torch.distributed.tensor")
     return library is not None and isinstance(tensor, library.DTensor)
+
+
+def class_name(module: nn.Module) -> str:
+    """The name of a module's class, without what `fully_shard` puts before it."""
+    library = sys.modules.get("torch.distributed.fsdp")
+    sharded = library is not None and isinstance(module, library.FSDPModule)
+    return type(module).__mro__[2 if sharded else 0].__name__
 
 
 def whole(tensor: Tensor) -> Tensor:

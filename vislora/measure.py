@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import linalg
+from .distributed import class_name
 from .handle import Dense, Handle
 from .squeeze import Squeezed, squeeze
 from .update import Update
@@ -141,7 +142,7 @@ def fingerprint(adapter: Handle) -> dict[str, Any]:
     step = max(1, len(weights) // _FINGERPRINT_WEIGHTS)
     chosen = weights[::step][:_FINGERPRINT_WEIGHTS]
     return {
-        "classes": {component: type(root).__name__ for component, root in adapter.roots.items()},
+        "classes": {component: class_name(root) for component, root in adapter.roots.items()},
         "shapes": {name: shape for name, shape, _ in weights},
         "quantized": adapter.quantized,
         "norms": {name: torch.linalg.vector_norm(read()).item() for name, _, read in chosen},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,3 +134,35 @@ def test_the_harness_leaves_chance_alone_or_says_that_it_is_missing():
     if importlib.util.find_spec("lm_eval") is None:
         with pytest.raises(EnvironmentFault, match="harness"):
             harness.run(llama(len(tokenizer())), tokenizer(), ["arc_easy"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm-evaluation-harness")
+def test_a_stock_task_on_local_rows_scores_as_likelihoods_do_and_leaves_chance_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    net, tok = llama(len(tokenizer())).train(), tokenizer()
+    asked = [("How many?", ["12 apples", "7", "ab"], 1), ("ab ba", ["aab", "bba"], 0), ("Tom", ["has", "x", "12"], 2)]
+    rows = [{"id": str(i), "question": question, "answerKey": "ABC"[right],
+             "choices": {"text": words, "label": list("ABC")[: len(words)]}}
+            for i, (question, words, right) in enumerate(asked)]  # fmt: skip
+    file = str(write_rows(tmp_path / "rows.jsonl", rows))
+    stock = Path(importlib.util.find_spec("lm_eval").submodule_search_locations[0]) / "tasks/arc/arc_easy.yaml"
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/local_arc.yaml").write_text(
+        f"include: {stock}\ntask: local_arc\ndataset_path: json\ndataset_name: null\n"
+        f"dataset_kwargs: {{data_files: {{train: {file}, validation: {file}, test: {file}}}}}\n"
+    )
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    found = harness.run(net, tok, ["local_arc"], batch_size=2, include_path=str(tmp_path / "tasks"))
+    assert random.getstate() == states[0] and np.array_equal(np.random.get_state()[1], states[1])
+    assert torch.equal(torch.get_rng_state(), states[2]) and net.training
+    net.eval()
+    rights = []
+    for question, words, right in asked:
+        pairs = [(f"Question: {question}\nAnswer:", f" {word}") for word in words]
+        scores = log_likelihoods(net, tok, pairs, batch_size=3)
+        rights.append(scores.index(max(scores)) == right)
+    assert abs(found["local_arc"]["acc,none"] - sum(rights) / len(rights)) < 1e-9
+    with pytest.raises(InputError, match="no such task"):
+        harness.run(net, tok, ["no_task_of_this_name"], include_path=str(tmp_path / "tasks"))

@@ -66,15 +66,15 @@ class Evaluation:
     def measure(self, model: nn.Module, inner: nn.Module, step: int, accelerator: Accelerator, main: bool) -> dict:
         """{"eval_loss", "eval_perplexity", "eval_answers"} where there is held-out data; sample replies are written.
 
-        model: as prepared for distribution; inner: the module behind it, which generates. main: whether this process
-        writes.
+        model: as prepared for distribution; inner: the module behind it, which generates, by the main process alone or,
+        in shards, by all. main: whether this process writes.
         """
         o, values = self.options, {}
         if self.examples:
             pad = self.tokenizer.pad_token_id
             loss = held_out_loss(model, self.examples, o.per_device_eval_batch_size, pad, accelerator)
             values = {"eval_loss": loss, "eval_perplexity": perplexity(loss)}
-        if not main:
+        if not main and not any(map(distributed.is_sharded, inner.parameters())):
             return values
         chosen = self.records[: o.eval_answers]
         prompts = [*self.asked, *(record.prompt for record in chosen)]
@@ -82,7 +82,8 @@ class Evaluation:
             replies = reply(
                 inner, self.tokenizer, prompts, max_new_tokens=o.max_new_tokens, batch_size=o.per_device_eval_batch_size
             )
-            self._write(step, list(zip(self.asked, replies, strict=False)))
+            if main:
+                self._write(step, list(zip(self.asked, replies, strict=False)))
             right = [same_answer(text, record.response) for text, record
                      in zip(replies[len(self.asked) :], chosen, strict=True)]  # fmt: skip
             values |= {"eval_answers": sum(right) / len(right)} if right else {}

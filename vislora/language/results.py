@@ -13,6 +13,7 @@ from torch import nn
 from vislora import config, measure
 from vislora.adapter import Adapter
 from vislora.baselines.full import FullHandle
+from vislora.distributed import class_name
 from vislora.errors import InputError
 from vislora.export import check_exportable as check_layout
 from vislora.handle import Dense, Handle, require_no_rank
@@ -34,11 +35,12 @@ def check_exportable(adapter: Handle, options: TrainOptions) -> None:
 
 def conclude(
     folder: RunFolder, options: TrainOptions, adapter: Handle, model: nn.Module, tokenizer, auto: Any, steps: int,
-    values: Mapping[str, float], device: torch.device,
+    values: Mapping[str, float], device: torch.device, main: bool = True,
 ) -> None:  # fmt: skip
     """Write everything, and say where it is. model: the module that was trained; auto: its Auto class.
 
-    values: what was measured last.
+    values: what was measured last. main: whether this process's files stay and it speaks; the others of a model in
+    shards only help to gather it.
     """
     written: dict[str, Path] = {}
     trains = steps and next(adapter.parameters(), None) is not None
@@ -49,7 +51,10 @@ def conclude(
     if trains and not whole:
         exported = adapter.export(folder.path / "export" / "peft", "peft", options.export_rank)
         written |= {"peft": exported} if exported else {}
-    if trains and (whole or options.merge):
+    if trains and options.merge and not main:
+        for _ in models.changes(adapter):
+            pass
+    elif trains and (whole or options.merge):
         place = folder.path / "model"
         more = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
         if hasattr(model.config, "num_labels") and models.heads(model):
@@ -65,6 +70,8 @@ def conclude(
         "memory_mib": models.memory_mib(device),
     })  # fmt: skip
     folder.readme.write_text(_card(folder, options, adapter, certificate, written, values), encoding="utf-8")
+    if not main:
+        return
     print()
     for name, place in written.items():
         print(f"{name:<10} {place}")
@@ -84,7 +91,7 @@ def _card(
     front["tags"].append(f"vislora:{adapter.method_name}")
     lines = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {folder.path.name}",
              f"`{adapter.method_name}` on `{base}`.", "## Use"]  # fmt: skip
-    own = type(next(iter(adapter.roots.values()))).__name__
+    own = class_name(next(iter(adapter.roots.values())))
     load = f'from transformers import {own}\n\nmodel = {own}.from_pretrained("{base}")\n'
     if "adapter" in written:
         lines.append(f'```python\nimport vislora\n{load}vislora.load(model, "{folder.path.name}/adapter")\n```')
