@@ -200,11 +200,15 @@ def lora_sb_6(args) -> list[list]:
 
 
 def _forward_macs(model: str, method: str, rank: int) -> float:
-    """Multiply-accumulates of a forward over 256 tokens at full size, counted on tensors without storage."""
+    """Multiply-accumulates of a forward over 256 tokens at full size, counted on tensors without storage.
+
+    In bfloat16, as these models train, where updates always go through thin products.
+    """
     with torch.device("meta"):
         net, targets = architecture(model)
+    net = net.to(torch.bfloat16)
     vislora.attach(net, method, targets=targets, rank=rank)
-    ids, mask = torch.zeros(1, 256, dtype=torch.long, device="meta"), torch.zeros(1, 1, 256, 256, device="meta")
+    ids, mask = torch.zeros(1, 256, dtype=torch.long, device="meta"), torch.zeros(1, 1, 256, 256, device="meta").to(torch.bfloat16)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(input_ids=ids, attention_mask=mask)  # a mask made here: making one would read values
     return counter.get_total_flops() / 2

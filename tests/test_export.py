@@ -57,9 +57,10 @@ def test_stock_diffusers_computes_the_same(pipe, method, encoder, tmp_path):
     pipe.load_lora_weights(str(tmp_path))
     stock = run(pipe)
     pipe.unload_lora_weights()
-    assert (stock - base_free).norm() < 1e-4 * (base_free - base).norm()
+    rounding = 1e-6 * base.norm()  # of the output: some of the updates are smaller than a thousandth of it
+    assert (stock - base_free).norm() < 1e-4 * (base_free - base).norm() + rounding
     ours = vislora.load(pipe, tmp_path)  # our reader, as plain LoRA or DoRA
-    assert (run(pipe) - base_free).norm() < 1e-4 * (base_free - base).norm()
+    assert (run(pipe) - base_free).norm() < 1e-4 * (base_free - base).norm() + rounding
     assert ours.deltas().keys() == deltas.keys()
 
 

@@ -20,7 +20,6 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,8 +54,7 @@ def main(argv: list[str]) -> None:
     use_cores(accelerator.num_processes, options.cpu_threads)
 
     # Everything that can be known to be wrong is found before a model is loaded.
-    data = options.dataset_name, options.source_dataset_name
-    RunFolder.check(options.output_dir, options.resume_from_checkpoint, data=data)
+    RunFolder.check(*(where := (options.output_dir, options.resume_from_checkpoint)), data=options.data)
     with accelerator.main_process_first():  # which may download
         sets = task.load(options)
         tower = models.load(options.model_name_or_path, options.library, options.pretrained)
@@ -67,8 +65,7 @@ def main(argv: list[str]) -> None:
     if options.dry_run:
         print(describe(adapter, f"{len(sets.train)} training images of {len(sets.train.classes)} classes"))
         return
-    main_process = accelerator.is_main_process
-    folder = RunFolder.create(options.output_dir, options.resume_from_checkpoint) if main_process else None
+    folder = RunFolder.create(*where) if accelerator.is_main_process else None
     (path,) = broadcast_object_list([str(folder.path) if folder else None])
     with folder or RunFolder(Path(path)) as folder:
         Run(options, adapter, accelerator, model, sets, folder).go()
@@ -215,8 +212,8 @@ class Run:
 
     def probe(self, step: int, log: telemetry.Log) -> None:
         """The cosine of full and equivalent gradient in every site, over the batches of the step to come."""
-        backward = partial(self.backward, self.batches(step))
-        found = probe.cosines(self.adapter, backward, self.options.gradient_accumulation_steps)
+        batches, micros = self.batches(step), self.options.gradient_accumulation_steps
+        found = probe.cosines(self.adapter, lambda: self.backward(batches), micros)
         self.tuned.zero_grad()  # the head's, which is no part of the adapter
         if self.main:
             log.write(step, *telemetry.alignment(found))

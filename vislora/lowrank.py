@@ -43,7 +43,8 @@ def takes(module: nn.Module, x: Tensor) -> bool:
     if is_compiling() or type(module) is not nn.Linear or type(weight) is not nn.Parameter:
         return False
     kind = x.device.type
-    computes_in = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    computes_in = torch.get_autocast_dtype(kind) if autocast else x.dtype
     return (
         weight.dtype == computes_in
         and weight.device == x.device

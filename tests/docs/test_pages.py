@@ -11,7 +11,7 @@ from vislora.sweep import plan
 
 TEXTS = {name: page.read_text(encoding="utf-8") for name, page in zip(NAMES, PAGES, strict=True)}
 WITH_PYTHON = [name for name in NAMES if name != "README.md" and pages.blocks(TEXTS[name], "python")]
-OTHERS = {"--help", "--strict"}  # of any script, and mkdocs
+OTHERS = {"--help", "--strict", "--dest"}  # of any script, mkdocs and pip
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ def test_accelerates_offloading(name, method, folder, tmp_path):
     before = {key: delta.clone() for key, delta in adapter.deltas().items()}
     cpu_offload(root, execution_device="cpu")
     assert all(p.is_meta for p in adapter.parameters()) and all(p.is_meta for p in root.parameters())
-    assert torch.equal(image(pipe), own)
+    assert close(image(pipe), own)
     adapter.weight = 0.0
     assert torch.equal(image(pipe), base)
     adapter.weight = 1.0
@@ -165,12 +165,17 @@ def test_accelerates_offloading(name, method, folder, tmp_path):
     adapter.save(tmp_path)
     assert all(torch.equal(delta, before[key]) for key, delta in adapter.deltas().items())
     remove_hook_from_module(root, recurse=True)
-    assert torch.equal(image(pipe), own)
+    assert close(image(pipe), own)
     adapter.detach()
     again = vislora.load(pipe, tmp_path)
-    assert torch.equal(image(pipe), own)
+    assert close(image(pipe), own)
     again.detach()
     assert torch.equal(image(pipe), base)
+
+
+def close(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Equal to rounding: layers whose weights are elsewhere take the plain way, which sums in another order."""
+    return bool((one - two).norm() < 1e-5 * two.norm())
 
 
 @pytest.mark.parametrize("level", ["leaf_level", "block_level"])
@@ -189,7 +194,7 @@ def test_diffusers_group_offloading(method, level, folder, tmp_path):
         with torch.no_grad():  # what stands there now is what the allocator left
             for parameter in pipe.unet.parameters():
                 parameter.data.fill_(float("nan"))
-    assert torch.equal(image(pipe), own) and torch.equal(image(pipe), own)
+    assert close(image(pipe), own) and close(image(pipe), own)
 
 
 def test_dora_over_a_disk_is_refused(folder, tmp_path):

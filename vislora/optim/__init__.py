@@ -73,7 +73,7 @@ def build(
         return _prodigy(adapter.param_groups(lr), settings)
     groups = adapter.param_groups(lr, component_lr)
     if name == "adamw":
-        return torch.optim.AdamW(groups, fused=True, **settings)  # many small tensors: a third of the loop's time
+        return torch.optim.AdamW(groups, **settings)
     if name == "adamw8bit":
         import bitsandbytes  # seconds
 

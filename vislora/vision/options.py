@@ -185,6 +185,11 @@ class ClassificationOptions:
             raise InputError("--final_model", "best beside --train_val_split 0: nothing to choose by", "hold some out")
         own_options(self)
 
+    @property
+    def data(self) -> tuple[str | None, str | None]:
+        """Where the target's and the source's images are."""
+        return self.dataset_name, self.source_dataset_name
+
     def require_whole(self) -> None:
         """Raise InputError unless model and target data are there."""
         for name in ("model_name_or_path", "dataset_name"):
