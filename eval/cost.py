@@ -26,7 +26,7 @@ import torch
 from cost_papers import PAPERS, RANKS, architecture
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from turns import Trainee, in_turns, now
+from turns import IN_PLACE, Trainee, in_turns, now
 
 import vislora
 from vislora import world
@@ -208,9 +208,9 @@ def _forward_macs(model: str, method: str, rank: int) -> float:
         net, targets = architecture(model)
     net = net.to(torch.bfloat16)
     vislora.attach(net, method, targets=targets, rank=rank)
-    ids, mask = torch.zeros(1, 256, dtype=torch.long, device="meta"), torch.zeros(1, 1, 256, 256, device="meta").to(torch.bfloat16)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(input_ids=ids, attention_mask=mask)  # a mask made here: making one would read values
+    ids, mask = torch.zeros(1, 256, dtype=torch.long, device="meta"), torch.zeros(1, 1, 256, 256, device="meta")
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter, torch.no_grad():
+        net(input_ids=ids, attention_mask=mask.to(torch.bfloat16))  # a mask made here: making one would read values
     return counter.get_total_flops() / 2
 
 

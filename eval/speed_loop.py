@@ -5,7 +5,7 @@
 
 The script's loop opens the photo, runs the VAE's encoder and the text encoder at every step, adapts by PEFT, takes
 AdamW as it comes and reads the loss. vislora's keeps the posterior's mean and deviation and the text's embedding, and
-takes fused AdamW. Both start from the same adapter and see the same draws, so that their losses must be equal. Widths
+takes the scripts' AdamW. Both start from the same adapter and see the same draws, so their losses must agree. Widths
 are divided by 8 and the sides by 2, layers are not: attention over all pairs of tokens, which grows with the width and
 not its square, would else be too large a share. The ratio of operations is printed, 1.70 at full size.
 """
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from transformers import CLIPTextConfig, CLIPTextModel
-from turns import in_turns_seconds
+from turns import IN_PLACE, in_turns_seconds
 
 import vislora
 from vislora import optim
@@ -111,7 +111,7 @@ class Script:
 
 
 class Ours:
-    """vislora's step: latents and text from memory, the engine's LoRA, fused AdamW."""
+    """vislora's step: latents and text from memory, the engine's LoRA, the scripts' AdamW."""
 
     def __init__(self, models: Models, script: Script, rank: int, checkpointing: bool):
         self.models = models
@@ -153,7 +153,7 @@ def compare(size: int, divisor: int, layers: int, rank: int, pairs: int, checkpo
         ours = Ours(Models(divisor, layers), script, rank, checkpointing)
         flops = {}
         for name, side in (("script", script), ("ours", ours)):
-            with FlopCounterMode(display=False) as counter:  # a first step, which warms up
+            with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:  # a first step, which warms up
                 side.step(torch.Generator().manual_seed(0))
             flops[name] = counter.get_total_flops()
         losses: dict[str, list[float]] = {"script": [], "ours": []}

@@ -11,6 +11,9 @@ from torch import nn
 
 import vislora
 
+# Operations of a product that is added in place, which torch's counter knows nothing of.
+IN_PLACE = {torch.ops.aten.addmm_: lambda into, a, b, out_shape=None, **_: 2 * a[0] * a[1] * b[1]}
+
 
 class Trainee:
     """A frozen model with one adapter and AdamW; `step()` is one whole training step.
