@@ -17,7 +17,6 @@ import math
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from vislora.language.evaluation import Evaluation
 from vislora.language.loss import share, token_losses
 from vislora.language.options import FREE_ON_RESUME, CausalLMOptions
 from vislora.training import checkpoint, telemetry
+from vislora.training.begin import begin
 from vislora.training.cores import require_device, use_cores
 from vislora.training.dry_run import describe
 from vislora.training.random import first_position, generator
@@ -133,8 +133,7 @@ class Run:
         """Train, from the start or a checkpoint, and leave the run's results in its folder."""
         o, start = self.options, 0 if self.options.resume_from_checkpoint is None else self.resume()
         if self.main:
-            again = replace(o, output_dir=None, resume_from_checkpoint=None)
-            self.folder.write_config(config.to_dict(again, self.adapter.method))
+            begin(self.folder, o, self.adapter)
         with telemetry.Log(self.folder, o.report_to if self.main else "none") as log, InterruptFlag() as stop:
             if start == 0:
                 self.evaluate(0, log)

@@ -19,7 +19,6 @@ import math
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,6 +31,7 @@ from vislora import adapters, config, optim, probe, world
 from vislora.baselines import BASELINES
 from vislora.errors import InputError, run_script
 from vislora.training import checkpoint, telemetry
+from vislora.training.begin import begin
 from vislora.training.cores import require_device, use_cores
 from vislora.training.dry_run import describe
 from vislora.training.random import first_position, generator
@@ -121,8 +121,7 @@ class Run:
         """Train, from the start or a checkpoint, and leave the run's results in its folder."""
         o, start = self.options, 0 if self.options.resume_from_checkpoint is None else self.resume()
         if self.main:
-            again = replace(o, output_dir=None, resume_from_checkpoint=None)
-            self.folder.write_config(config.to_dict(again, self.adapter.method))
+            begin(self.folder, o, self.adapter)
         with self.adapter.disabled():
             before = self.source and results.Source(*self.source.full())
         with telemetry.Log(self.folder, o.report_to if self.main else "none") as log, InterruptFlag() as stop:

@@ -17,7 +17,6 @@ import itertools
 import logging
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +40,7 @@ from vislora.diffusion.verify import exported_error
 from vislora.errors import InputError, run_script
 from vislora.export import kohya_copy
 from vislora.training import checkpoint, telemetry
+from vislora.training.begin import begin
 from vislora.training.cores import require_device, use_cores
 from vislora.training.dry_run import describe
 from vislora.training.ema import EMA
@@ -156,8 +156,7 @@ class Run:
         """Train, from the start or a checkpoint, and leave the run's results in its folder."""
         o, start = self.options, 0 if self.options.resume_from_checkpoint is None else self.resume()
         if self.main:
-            again = replace(o, output_dir=None, resume_from_checkpoint=None)
-            self.folder.write_config(config.to_dict(again, self.adapter.method))
+            begin(self.folder, o, self.adapter)
         if start == 0:
             if self.main:
                 self.validation.draw(self.sampler, 0)

@@ -319,3 +319,14 @@ def test_a_base_that_vanishes_after_the_start_is_not_missed(run, script, model, 
             "--num_validation_images", "1", "--validation_inference_steps", "1")  # fmt: skip
     assert not Path("base").exists() and Path("out/samples/grid.png").is_file()
     require_equal(whole, state("out", 4))
+
+
+def test_a_disk_without_room_for_two_checkpoints_is_told_before_the_first_step(run, capsys, monkeypatch):
+    real = shutil.disk_usage(".")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "disk_usage", lambda place: real._replace(free=4096))
+        line = ends(run, capsys, status=3)
+    assert "out: 0.0 MiB are free" in line and "are needed -> free some space" in line
+    assert not list(Path("out").rglob("*.safetensors")) and not Path("out/metrics.jsonl").exists()
+    run(*USUAL, "--output_dir", "out")
+    assert len(lines("out")) == 4
