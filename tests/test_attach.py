@@ -255,3 +255,17 @@ def test_a_forward_that_fails_leaves_no_stale_updates_behind():
         randomise(adapter)
         moved = model.blocks[0](torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0)))
     assert not torch.equal(start, moved)
+
+
+def test_a_step_that_a_scaler_takes_back_is_none_of_a_fused_optimizers():
+    """Such an optimizer is called, and leaves everything as it is; others are not called at all."""
+    adapter = attach(nn.Sequential(nn.Linear(6, 5)), "lora", targets="all-linear", rank=2)
+    optimizer = torch.optim.AdamW(adapter.param_groups(0.1), fused=True)
+    adapter.bind(optimizer, total_steps=4)
+    scaler, x = torch.amp.GradScaler("cpu", init_scale=4.0), torch.ones(1, 6)
+    for factor, steps in ((1.0, 1), (float("inf"), 1), (1.0, 2)):
+        scaler.scale(factor * adapter.roots[""](x).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert adapter.step == steps
