@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from cost import show
 from speed_goals import check, wanted
-from speed_models import HOSTS
+from speed_models import FULL, HOSTS, SMALL
 from speed_variants import Variant, counts, names
 
 from vislora.errors import InputError, run_script
@@ -45,7 +45,7 @@ def measure(host, rank: int, chosen: list[str], pairs: int, dtype: str, device: 
     for name in chosen:
         row = {"model": host.name, "rank": rank, "dtype": dtype, "variant": name, "pairs": pairs,
                "seconds": statistics.median(seconds[name]), **counts(variants[name])}
-        for reference in ("frozen", "peft:lora", "lora"):
+        for reference in ("frozen", "norms", "peft:lora", "lora"):
             if reference in seconds:
                 row[f"over {reference}"] = spread(seconds[name], seconds[reference])
         rows.append(row)
@@ -99,11 +99,11 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hosts", nargs="+", choices=HOSTS, default=list(HOSTS), help="models")
+    parser.add_argument("--hosts", nargs="+", choices=HOSTS, help="models; none: those for the CPU or the GPU at hand")
     parser.add_argument("--variants", nargs="+", choices=names(), default=names())
     parser.add_argument("--ranks", type=int, nargs="+", help="none: each model's own")
     parser.add_argument("--pairs", type=int, default=20, help="measured turns")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the base; none: float32, bfloat16 on a GPU")
     parser.add_argument("--size", choices=("usual", "tiny"), default="usual", help="tiny: to see that it runs")
     parser.add_argument("--quick", action="store_true", help="a few minutes' choice of models and variants")
     parser.add_argument("--check", action="store_true", help="measure what the goals need, and fail past one + 0.03")
@@ -113,6 +113,8 @@ def main(argv: list[str]) -> None:
     if args.pairs < 1:
         raise InputError("--pairs", f"{args.pairs} measures nothing", "take 1 or more, 20 for a ratio to trust")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.hosts = args.hosts or list(FULL if device == "cuda" else SMALL)
+    args.dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -136,12 +138,12 @@ def main(argv: list[str]) -> None:
 
 def plan(args) -> list[tuple[str, int, list[str], str]]:
     """(model, rank, variants, dtype) of every measurement asked for; the frozen model is always among the variants."""
-    hosts = QUICK["hosts"] if args.quick else args.hosts
+    hosts = QUICK["hosts"] if args.quick and args.hosts == list(SMALL) else args.hosts
     chosen = QUICK["variants"] if args.quick else args.variants
     out = []
     for name in hosts:
         host = HOSTS[name](args.size)
-        own = [v for v in chosen if v != "frozen" and (v != "joined" or host.joined)]
+        own = [v for v in chosen if v != "frozen" and (v != "joined" or host.joined) and v not in host.without]
         ranks = args.ranks or (host.ranks[:1] if args.quick else host.ranks)
         out += [(name, rank, ["frozen", *own], args.dtype) for rank in ranks]
     return out

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cost import show
+from speed_models import HOSTS
 
 SLACK = 0.03  # ratios of one machine move by so much from run to run
 
@@ -39,6 +40,11 @@ def _operators(rows: dict[str, dict]) -> float:
     return (rows["lora"]["ops"] - rows["frozen"]["ops"]) / 88  # the UNet's adapted layers
 
 
+def _full(*words) -> Goal:
+    """A goal on a model of full size, which a GPU measures in bf16."""
+    return Goal(*words, "bfloat16")
+
+
 GOALS = (
     Goal("P1", "unet", 16, "LoRA's step / frozen", 1.05, _time("lora", "frozen")),
     Goal("P2", "vit", 16, "LoRA's step / frozen", 1.10, _time("lora", "frozen")),
@@ -59,20 +65,37 @@ GOALS = (
     Goal("SORSA", "unet", 16, "SORSA's step / LoRA's", 1.03, _time("sorsa", "lora")),
     Goal("OD", "llm_block", 16, "OD-LoRA's step / LoRA's", 1.03, _time("od_lora", "lora")),
     Goal("SORSA", "llm_block", 16, "SORSA's step / LoRA's", 1.03, _time("sorsa", "lora")),
+    _full("P1", "sd15", 16, "LoRA's step / frozen", 1.05, _time("lora", "frozen")),
+    _full("P2", "vit_b", 16, "LoRA's step / frozen", 1.10, _time("lora", "frozen")),
+    _full("P3", "sd15", 16, "LoRA's step / PEFT's", 0.92, _time("lora", "peft:lora")),
+    _full("P3", "vit_b", 16, "LoRA's step / PEFT's", 0.90, _time("lora", "peft:lora")),
+    _full("P4", "sd15", 16, "peak memory of a step / frozen", 1.065, _share("peak")),
+    _full("P8", "sd15", 16, "NB-LoRA's step / LoRA's", 1.03, _time("nb_lora", "lora")),
+    _full("P8", "llama_1b", 16, "NB-LoRA's step / LoRA's", 1.03, _time("nb_lora", "lora")),
+    _full("P8", "llama_1b", 128, "NB-LoRA's step / LoRA's", 1.08, _time("nb_lora", "lora")),
+    _full("P8", "llama_8b", 16, "NB-LoRA's step / LoRA's", 1.03, _time("nb_lora", "lora")),
+    _full("P10", "llama_1b", 16, "DoRA's step / LoRA's", 1.15, _time("dora", "lora")),
+    _full("P13", "llama_1b", 16, "LoRA's step / training the norms alone", 1.30, _time("lora", "norms")),
+    _full("P13", "llama_8b", 16, "LoRA's step / training the norms alone", 1.30, _time("lora", "norms")),
+    _full("OD", "sd15", 16, "OD-LoRA's step / LoRA's", 1.03, _time("od_lora", "lora")),
+    _full("OD", "llama_1b", 16, "OD-LoRA's step / LoRA's", 1.03, _time("od_lora", "lora")),
+    _full("SORSA", "sd15", 16, "SORSA's step / LoRA's", 1.03, _time("sorsa", "lora")),
 )
 
 
 def wanted(hosts: list[str], size: str) -> list[tuple[str, int, list[str], str]]:
     """(model, rank, variants, dtype) of the measurements that the goals on these models need."""
-    usual = ["frozen", "peft:lora", "lora", "nb_lora", "dora", "od_lora", "sorsa"]
-    lean = ["frozen", "peft:lora", "lora"]
+    usual = ["frozen", "norms", "peft:lora", "lora", "nb_lora", "dora", "od_lora", "sorsa"]
+    lean = ["frozen", "norms", "peft:lora", "lora"]
     found: dict[tuple[str, int, str], list[str]] = {}
     for goal in GOALS:
         if goal.host in hosts:
             more = goal.name in ("P8", "P10", "OD", "SORSA")
             key = goal.host, goal.rank if size != "tiny" else 4, goal.dtype
             found[key] = usual if more or found.get(key) is usual else lean
-    return [(host, rank, chosen, dtype) for (host, rank, dtype), chosen in found.items()]
+    without = {host: HOSTS[host](size).without for host in hosts}
+    return [(host, rank, [v for v in chosen if v not in without[host]], dtype)
+            for (host, rank, dtype), chosen in found.items()]  # fmt: skip
 
 
 def check(rows: list[dict]) -> bool:

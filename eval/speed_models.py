@@ -27,6 +27,7 @@ class Host:
     targets: list[str]
     joined: Callable[[nn.Module], nn.Module] | None = None
     ranks: tuple[int, ...] = (16, 128)
+    without: tuple[str, ...] = ()  # variants whose start takes minutes at this size
 
 
 def _noise(*shape: int, seed: int = 0) -> Tensor:
@@ -110,7 +111,8 @@ def vit(size: str) -> Host:
     return Host("vit", build, lambda: (_noise(batch, 3, side, side),), lambda m, x: m(*x), targets, ranks=ranks)
 
 
-def _llama(name: str, hidden: int, wide: int, layers: int, heads: int, groups: int, tokens: int, ranks) -> Host:
+def _llama(name: str, hidden: int, wide: int, layers: int, heads: int, groups: int, tokens: int, ranks,
+           without: tuple[str, ...] = ()) -> Host:
     from transformers import LlamaConfig, LlamaModel
 
     config = LlamaConfig(hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers, vocab_size=64,
@@ -120,7 +122,8 @@ def _llama(name: str, hidden: int, wide: int, layers: int, heads: int, groups: i
     def call(m: nn.Module, x: tuple[Tensor, ...]) -> Tensor:
         return m(inputs_embeds=x[0]).last_hidden_state
 
-    return Host(name, lambda: LlamaModel(config), lambda: (_noise(1, tokens, hidden),), call, targets, ranks=ranks)
+    return Host(name, lambda: LlamaModel(config), lambda: (_noise(1, tokens, hidden),), call, targets, ranks=ranks,
+                without=without)  # fmt: skip
 
 
 def llama(size: str) -> Host:
@@ -135,4 +138,52 @@ def llm_block(size: str) -> Host:
     return _llama("llm_block", *numbers)
 
 
-HOSTS = {f.__name__: f for f in (unet, sd_block, linear, vit, llama, llm_block)}
+def sd15(size: str) -> Host:
+    """Stable Diffusion 1.5's UNet at 512 px, a batch of 4, in channels_last; 128 adapted layers."""
+    from diffusers import UNet2DConditionModel
+
+    widths, text, side, batch = ((320, 640, 1280, 1280), 768, 64, 4) if size != TINY else ((8, 8, 16, 16), 12, 8, 1)
+    words = {} if size != TINY else {"attention_head_dim": 4, "norm_num_groups": 4, "layers_per_block": 1}
+
+    def build() -> nn.Module:
+        model = UNet2DConditionModel(block_out_channels=widths, cross_attention_dim=text, **words)
+        return model.to(memory_format=torch.channels_last)
+
+    def inputs() -> tuple[Tensor, ...]:
+        return _noise(batch, 4, side, side), torch.arange(batch) * 200 + 3, _noise(batch, 77, text, seed=1)
+
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    ranks = (16, 128) if size != TINY else (4,)
+    return Host("sd15", build, inputs, lambda m, x: m(*x).sample, targets, _join_diffusers, ranks)
+
+
+def vit_b(size: str) -> Host:
+    """timm's ViT-B/16 at 224 px, a batch of 32, qkv and proj."""
+    import timm
+
+    words = {} if size != TINY else {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    side, batch = (224, 32) if size != TINY else (16, 2)
+
+    def build() -> nn.Module:
+        return timm.create_model("vit_base_patch16_224", pretrained=False, num_classes=10, **words)
+
+    ranks = (16, 128) if size != TINY else (4,)
+    targets = ["attn.qkv", "attn.proj"]
+    return Host("vit_b", build, lambda: (_noise(batch, 3, side, side),), lambda m, x: m(*x), targets, ranks=ranks)
+
+
+def llama_1b(size: str) -> Host:
+    """Llama 3.2 1B's sixteen layers on 2,048 tokens; every linear is adapted."""
+    numbers = (2048, 8192, 16, 32, 8, 2048, (16, 128)) if size != TINY else (16, 24, 1, 2, 1, 6, (4,))
+    return _llama("llama_1b", *numbers, without=("sorsa", "pissa", "olora"))
+
+
+def llama_8b(size: str) -> Host:
+    """Llama 3 8B's 32 layers on 2,048 tokens; every linear is adapted. Each variant holds its own 16 GB in bf16."""
+    numbers = (4096, 14336, 32, 32, 8, 2048, (16,)) if size != TINY else (16, 24, 1, 2, 1, 6, (4,))
+    return _llama("llama_8b", *numbers, without=("sorsa", "pissa", "olora", "full", "joined"))
+
+
+SMALL = {f.__name__: f for f in (unet, sd_block, linear, vit, llama, llm_block)}
+FULL = {f.__name__: f for f in (sd15, vit_b, llama_1b, llama_8b)}  # for a GPU
+HOSTS = SMALL | FULL

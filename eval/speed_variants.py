@@ -27,7 +27,7 @@ _STEPS = 100_000  # of the schedules: AdaLoRA's and OD-LoRA's events are not wha
 
 def names() -> list[str]:
     """Every variant's name."""
-    return ["frozen", "joined", *(f"peft:{name}" for name in PEFT), *vislora.methods(), "full"]
+    return ["frozen", "joined", "norms", *(f"peft:{name}" for name in PEFT), *vislora.methods(), "full"]
 
 
 class Variant:
@@ -36,13 +36,18 @@ class Variant:
     def __init__(self, host: Host, name: str, rank: int, dtype: torch.dtype, device: str):
         self.host, self.name, self.optimizer, self.penalty = host, name, None, None
         torch.manual_seed(0)
-        self.model = host.build().to(device, dtype).requires_grad_(False)
+        with torch.device(device), _default(dtype if device == "cuda" else torch.float32):  # 8 B in place
+            model = host.build()
+        self.model = model.to(device, dtype).requires_grad_(False)
         self.inputs = tuple(x.to(device, dtype) if x.is_floating_point() else x.to(device) for x in host.inputs())
         self.inputs[0].requires_grad_(True)
         self.model.train()
         trained: list[nn.Parameter] = []
         if name == "full":
             trained = list(self.model.requires_grad_(True).parameters())
+        elif name == "norms":  # LN-tuning: nearly frozen, what PEFT's comparison of methods starts from
+            norms = [m for m in self.model.modules() if "Norm" in type(m).__name__ and not list(m.children())]
+            trained = [p.requires_grad_(True) for m in norms for p in m.parameters()]
         elif name.startswith("peft:"):
             trained = _peft(self.model, name.removeprefix("peft:"), rank, host.targets)
         elif name == "joined":
@@ -95,6 +100,17 @@ class Variant:
         began = time.thread_time()
         self.step()
         return time.thread_time() - began
+
+
+@contextlib.contextmanager
+def _default(dtype: torch.dtype):
+    """Inside, new tensors have this dtype."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def _peft(model: nn.Module, kind: str, rank: int, targets: list[str]) -> list[nn.Parameter]:

@@ -89,13 +89,23 @@ def in_turns(trainees: dict[str, Trainee], repeats: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def in_turns_seconds(steps: dict[str, Callable[[], object]], pairs: int) -> dict[str, list[float]]:
-    """{name: this thread's processor seconds of each call}, the order turning round every time; two warm up."""
+def in_turns_seconds(steps: dict[str, Callable[[], object]], pairs: int, device: str = "cpu") -> dict[str, list[float]]:
+    """{name: seconds of each call}, the order turning round every time; two warm up.
+
+    On a CPU this thread's processor time; on a GPU what the clock shows until the device is done, since a step that
+    opens a photo or reads a loss makes it wait.
+    """
+    clock = time.thread_time if device == "cpu" else _when_done
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(pairs + 2):
         for name in list(steps) if turn % 2 else list(steps)[::-1]:
-            began = time.thread_time()
+            began = clock()
             steps[name]()
             if turn >= 2:
-                seconds[name].append(time.thread_time() - began)
+                seconds[name].append(clock() - began)
     return seconds
+
+
+def _when_done() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()

@@ -152,7 +152,7 @@ def test_tiny_vit_names_the_objects_of_the_source_task():
     with torch.no_grad():
         found = tower.source_head(tower(torch.stack([fit(objects.read(i)) for i in picked]))).argmax(1)
     right = (found == torch.tensor([objects.labels[i] for i in picked])).float().mean()
-    assert right >= 0.8  # measured 0.86: the builder's bar is 0.9
+    assert right >= 0.9  # the builder's bar; measured 0.960 of all held-out scenes
     assert size(WORLD / "tiny-vit") < 8e6
 
 

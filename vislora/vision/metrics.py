@@ -18,7 +18,7 @@ class Scores:
     """Of n labelled images: shares in [0, 1]; per_class (classes,) is nan where a class has no image.
 
     confusion[i, j]: how many images of class i were taken for class j. ece: the expected calibration error over BINS
-    equal bins of confidence (Guo et al. 2017, eq. 3). loss: mean cross-entropy, nats.
+    equal bins of confidence (Guo et al. 2017, eq. 3). loss: mean cross-entropy, nats. Both tensors are on the CPU.
     """
 
     n: int
@@ -31,7 +31,8 @@ class Scores:
 
 
 def scores(logits: Tensor, labels: Tensor) -> Scores:
-    """logits (n, classes) and labels (n,). top5 counts the best five, or all where there are fewer classes."""
+    """logits (n, classes) and labels (n,), on any device. top5 counts the best five, or all where there are fewer
+    classes."""
     logits, classes = logits.double(), logits.shape[-1]
     guess = logits.argmax(-1)
     best = logits.topk(min(5, classes), dim=-1).indices
@@ -42,8 +43,8 @@ def scores(logits: Tensor, labels: Tensor) -> Scores:
         top5=(best == labels[:, None]).any(-1).double().mean().item(),
         ece=calibration_error(logits.softmax(-1).amax(-1), guess == labels),
         loss=torch.nn.functional.cross_entropy(logits, labels).item(),
-        per_class=confusion.diagonal() / confusion.sum(-1),
-        confusion=confusion,
+        per_class=(confusion.diagonal() / confusion.sum(-1)).cpu(),
+        confusion=confusion.cpu(),
     )
 
 

@@ -1,0 +1,140 @@
+"""Every method on a GPU: the same updates as on the CPU, no waiting for the device, half precision, files.
+
+Without a GPU these are skipped: `pytest -n 4 tests/test_cuda.py` where there is one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hosts import all_hosts
+from torch import nn
+
+import vislora
+from vislora.testing.subject import Host, close
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+HOSTS = {
+    host.name: host for host in all_hosts() if host.name in ("linear", "fused_qkv", "conv", "mha", "unet", "llama")
+}
+STEPS = 3
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+class Trained:
+    """A method on a host on a device, and its training by plain descent, which is continuous in the gradient."""
+
+    def __init__(self, host: Host, method: str, device: str, dtype: torch.dtype = torch.float32, lr: float = 0.05):
+        self.host, self.model = host, host.build(0).eval().to(device, dtype)
+        self.model.register_forward_pre_hook(self._moved, with_kwargs=True)
+        rank = 2 if host.name == "conv" else 4
+        self.adapter = vislora.attach(self.model, method, targets=host.targets, rank=rank, seed=0)
+        self.optimizer = torch.optim.SGD(self.adapter.param_groups(lr))
+        self.adapter.bind(self.optimizer, STEPS)
+        self.adapter.prepare(lambda: self.backward(0))
+
+    def _moved(self, model: nn.Module, args: tuple, kwargs: dict):
+        device = next(model.parameters()).device
+
+        def move(x):
+            return x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
+
+        return tuple(map(move, args)), {name: move(x) for name, x in kwargs.items()}
+
+    def backward(self, step: int) -> torch.Tensor:
+        out = self.host.run(self.model, step).float()
+        weights = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
+        loss = (weights * out).mean() + self.adapter.penalty()
+        loss.backward()
+        return loss.detach()
+
+    def step(self, step: int) -> torch.Tensor:
+        loss = self.backward(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+
+@pytest.mark.parametrize("method", vislora.methods())
+@pytest.mark.parametrize("host", HOSTS.values(), ids=list(HOSTS))
+def test_a_gpu_trains_as_the_cpu_does(host, method):
+    sides = [Trained(host, method, device) for device in ("cpu", "cuda")]
+    for step in range(STEPS):
+        losses = [side.step(step).item() for side in sides]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3, abs=1e-6)
+    deltas = [side.adapter.deltas() for side in sides]
+    assert list(deltas[0]) == list(deltas[1])
+    for name, delta in deltas[0].items():
+        assert deltas[1][name].is_cuda
+        close(delta, deltas[1][name].cpu(), 2e-3)
+
+
+@pytest.mark.parametrize("method", vislora.methods())
+def test_a_step_does_not_wait_for_the_device(method):
+    side = Trained(HOSTS["linear"], method, "cuda")
+    side.step(0)
+    inputs = torch.randn(3, 5, 12, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = side.model(inputs).square().mean() + side.adapter.penalty()
+        loss.backward()
+        nn.utils.clip_grad_norm_(list(side.adapter.parameters()), 1.0)
+        side.optimizer.step()
+        side.optimizer.zero_grad()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("method", vislora.methods())
+def test_a_half_base_trains_float32_tensors(method, dtype):
+    side = Trained(HOSTS["llama"], method, "cuda", dtype)
+    assert all(p.dtype == torch.float32 for p in side.adapter.parameters())
+    assert all(side.step(step).isfinite() for step in range(STEPS))
+    assert side.host.run(side.model, 0).dtype == dtype
+    assert all(delta.isfinite().all() for delta in side.adapter.deltas().values())
+
+
+@pytest.mark.parametrize("method", ["lora", "nb_lora", "sorsa", "od_lora", "dora"])
+def test_autocast_and_a_loss_scale(method):
+    side = Trained(HOSTS["linear"], method, "cuda")
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+    before = {name: delta.clone() for name, delta in side.adapter.deltas().items()}
+    inputs = torch.randn(3, 5, 12, device="cuda")
+    for _ in range(STEPS):
+        with torch.autocast("cuda", torch.float16):
+            loss = (side.model(inputs).float() - 1).square().mean()
+        scaler.scale(loss + side.adapter.penalty()).backward()
+        scaler.step(side.optimizer)
+        scaler.update()
+        side.optimizer.zero_grad()
+    after = side.adapter.deltas()
+    assert scaler.get_scale() >= 2.0**10  # no step was skipped
+    assert all(not torch.equal(before[name], after[name]) and after[name].isfinite().all() for name in before)
+
+
+@pytest.mark.parametrize("method", vislora.methods())
+def test_saved_on_a_gpu_and_loaded_on_a_cpu(method, tmp_path):
+    side = Trained(HOSTS["linear"], method, "cuda")
+    side.step(0)
+    side.adapter.save(tmp_path)
+    other = HOSTS["linear"].build(0).eval()
+    loaded = vislora.load(other, tmp_path)
+    for name, delta in side.adapter.deltas().items():
+        close(delta.cpu(), loaded.deltas()[name], 1e-5)
+
+
+@pytest.mark.parametrize("method", vislora.methods())
+def test_a_merged_model_computes_the_same_on_a_gpu(method):
+    side = Trained(HOSTS["llama"], method, "cuda")
+    side.step(0)
+    with torch.no_grad():
+        unmerged = side.host.run(side.model, 1)
+        side.adapter.merge()
+        close(unmerged, side.host.run(side.model, 1), 1e-4)
