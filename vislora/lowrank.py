@@ -10,7 +10,9 @@ by itself, torch.func and forward-mode derivatives.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +26,10 @@ from .update import Update
 _PASS = 16  # what reading and writing one number of a matrix costs, in operations of a product
 
 
-@dataclass(frozen=True)
-class Term:
+_autocasts = cache(torch.amp.is_autocast_available)
+
+
+class Term(NamedTuple):
     """One update on a layer: its rows (None: all), its strength, and whether a fixed start is taken off."""
 
     rows: slice | None
@@ -39,11 +43,13 @@ class Term:
 
 def takes(module: nn.Module, x: Tensor) -> bool:
     """Whether the layer is a plain one, frozen, in one precision, and nothing watches that must see each operator."""
+    if is_compiling() or type(module) is not nn.Linear:
+        return False
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    if is_compiling() or type(module) is not nn.Linear or type(weight) is not nn.Parameter:
+    if type(weight) is not nn.Parameter:
         return False
     kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    autocast = _autocasts(kind) and torch.is_autocast_enabled(kind)
     computes_in = torch.get_autocast_dtype(kind) if autocast else x.dtype
     return (
         weight.dtype == computes_in
@@ -153,10 +159,10 @@ def merges(x: Tensor, weight: Tensor, terms: list[Term], factors: list[Tensor]) 
 
     Only where the sum keeps float32's precision: in bf16 a small update would be rounded away.
     """
-    m, n = weight.shape
-    tokens, ranks = x.numel() // n, sum(down.shape[0] for down in factors[1::2])
     if x.dtype not in (torch.float32, torch.float64):
         return False
+    m, n = weight.shape
+    tokens, ranks = x.numel() // n, sum(down.shape[0] for down in factors[1::2])
     # Forward, and once more in the backward: the weight's products and passes against 2 T r (m + n) and 2 T r n.
     return 2 * m * n * (2 * ranks + _PASS * (1 + sum(term.minus for term in terms))) < 2 * tokens * ranks * (m + 2 * n)
 
@@ -170,19 +176,28 @@ def _dense(tokens: int, m: int, rank: int, n: int) -> bool:
     return tokens * m * n + 2 * m * n * rank < 2 * tokens * rank * (m + n)
 
 
-@dataclass(frozen=True)
-class Ready:
-    """What a layer's forward needs for its updates.
+class Pieces(NamedTuple):
+    """One update as the function takes it: up (m, r), down (r, n), then those of its fixed start where it has one.
 
     shift: (m,), what each output of the frozen layer, without bias, is multiplied by and added, or None.
-    merged: the layer multiplies by the adapted weight. alone: nobody else sees what the layer itself returns.
+    """
+
+    factors: tuple[Tensor, ...]
+    shift: Tensor | None
+
+
+class Ready(NamedTuple):
+    """What a layer's forward needs for its updates.
+
+    shift: (m,), the sum of its updates', or None. merged: the layer multiplies by the adapted weight. alone: nobody
+    else sees what the layer itself returns.
     """
 
     terms: list[Term]
     factors: list[Tensor]
     shift: Tensor | None
-    merged: bool = False
-    alone: bool = False
+    merged: bool
+    alone: bool
 
     def finish(self, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """The adapted layer's output, from the input and what the layer returned."""
@@ -190,26 +205,75 @@ class Ready:
         rest = shift, self.terms, self.merged, self.alone, *self.factors
         if not self.alone:  # someone may hold the output, or wait for its gradient
             return LowRank.apply(x, out, None, None, *rest)
-        return LowRank.apply(x, out.detach(), module.weight, module.bias, *rest)
+        own = module._parameters
+        return LowRank.apply(x, out.detach(), own["weight"], own["bias"], *rest)
 
 
-def ready(shares: list[tuple[slice | None, Update, float]], dtype: torch.dtype) -> Ready | None:
-    """(rows, update, strength) of every update as the function takes them: factors cast to the layer's dtype, r (m + n)
-    numbers. None if one of them has no such form."""
-    terms, factors, shift = [], [], None
-    for rows, update, strength in shares:
-        if update.minus is not None and update.minus.minus is not None:
+def pieces(rows: slice | None, update: Update) -> Pieces | None:
+    """An update on these rows of a layer in pieces, in its own dtype; None where it has no such form."""
+    if update.row_scale is not None:
+        if rows is not None or update.minus is not None:
             return None
-        first = update.up
-        if update.row_scale is not None:
-            if rows is not None or update.minus is not None:
-                return None
-            # scale * (x W^T + x D^T U^T) is what the layer made, scale - 1 times it, and the update of scale * U.
-            first = update.row_scale[:, None] * update.up
-            own = strength * (update.row_scale - 1)
+        # scale * (x W^T + x D^T U^T) is what the layer made, scale - 1 times it, and the update of scale * U.
+        return Pieces((update.row_scale[:, None] * update.up, update.down), update.row_scale - 1)
+    if update.minus is None:
+        return Pieces((update.up, update.down), None)
+    if update.minus.minus is not None:
+        return None
+    return Pieces((update.up, update.down, update.minus.up, update.minus.down), None)
+
+
+class _Cast(torch.autograd.Function):
+    """(dtype, *tensors) -> all of them in dtype, by one call and not one for each; their gradients likewise."""
+
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, *tensors: Tensor):
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [t.dtype for t in tensors]
+        return tuple(_cast(tensors, [dtype] * len(tensors)))
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor | None):
+        found = [i for i, g in enumerate(gradients) if g is not None]
+        back = iter(_cast([gradients[i] for i in found], [ctx.dtypes[i] for i in found]))
+        return None, *(None if g is None else next(back) for g in gradients)
+
+
+def _cast(tensors: Sequence[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
+    if not torch.is_grad_enabled():  # always, but for a second derivative
+        made = [torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
+        if made:
+            torch._foreach_copy_(made, list(tensors))
+        return made
+    return [t.to(dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
+
+
+def cast_all(found: list[Pieces | None], weights: list[Tensor]) -> list[Pieces | None]:
+    """The pieces of many layers, factors in the dtype of each layer's weight; all those of one device together."""
+    groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, int]]] = {}
+    for i, (piece, weight) in enumerate(zip(found, weights, strict=True)):
+        for j, factor in enumerate(() if piece is None else piece.factors):
+            if factor.dtype != weight.dtype and factor.device == weight.device:
+                groups.setdefault((weight.device, weight.dtype), []).append((i, j))
+    if not groups:
+        return found
+    factors = [None if piece is None else list(piece.factors) for piece in found]
+    for (_, dtype), places in groups.items():
+        for (i, j), tensor in zip(places, _Cast.apply(dtype, *(factors[i][j] for i, j in places)), strict=True):
+            factors[i][j] = tensor
+    return [None if piece is None else Pieces(tuple(own), piece.shift)
+            for piece, own in zip(found, factors, strict=True)]  # fmt: skip
+
+
+def gather(shares: list[tuple[slice | None, Pieces | None, float]], dtype: torch.dtype):
+    """(terms, factors, shift) of a layer's updates (rows, pieces, strength); None if one of them has no such form."""
+    terms, factors, shift = [], [], None
+    for rows, piece, strength in shares:
+        if piece is None:
+            return None
+        if piece.shift is not None:
+            own = strength * piece.shift
             shift = own if shift is None else shift + own
-        terms.append(Term(rows, strength, update.minus is not None))
-        factors += [first.to(dtype), update.down.to(dtype)]
-        if update.minus is not None:
-            factors += [update.minus.up.to(dtype), update.minus.down.to(dtype)]
-    return Ready(terms, factors, shift)
+        terms.append(Term(rows, strength, len(piece.factors) == 4))
+        factors += [f if f.dtype is dtype else f.to(dtype) for f in piece.factors]
+    return terms, factors, shift

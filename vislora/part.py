@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from .adapters import Method
 from .distributed import whole
 from .errors import InputError
 from .linalg import without_autocast
+from .lowrank import Pieces, cast_all, pieces
 from .offload import is_hooked
 from .site import Site
 from .tap import tap_of
@@ -28,6 +30,14 @@ class Tensors:
     def __init__(self, **named: Tensor):
         for name, tensor in named.items():
             setattr(self, name, tensor)
+
+
+class Share(NamedTuple):
+    """One site's update, and the same as a plain linear layer takes it, in its dtype; None for other layers."""
+
+    site: Site
+    update: Update
+    pieces: Pieces | None
 
 
 class SiteTensors(nn.Module):
@@ -87,7 +97,7 @@ class Part(nn.Module):
         self.inside = False  # the root's own forward is running, for which the updates were just computed
         self.prepared = not method.needs_prepare
         self.frozen: list[nn.Parameter] = []  # what attach froze, to be given back at detach
-        self._updates: dict[nn.Module, list[tuple[Site, Update]]] | None = None
+        self._updates: dict[nn.Module, list[Share]] | None = None
         self._with_graph = False  # whether those updates can be differentiated
         self._versions: tuple = ()  # of the parameters that they were made from
 
@@ -105,19 +115,24 @@ class Part(nn.Module):
 
     def tensors_of(self, site: Site) -> Tensors:
         """One site's tensors as the method sees them: its own and its share of the common ones."""
+        return self._seen(site, self.common.all())
+
+    def _seen(self, site: Site, common: dict[str, Tensor]) -> Tensors:
         own = {name: whole(tensor) for name, tensor in self.own_tensors(site).items()}
-        return Tensors(**self.method.share_of(self.common.all(), site), **own)
+        return Tensors(**self.method.share_of(common, site), **own) if common else Tensors(**own)
 
     def forward(self) -> list[Update]:
         """One Update for each site, in the order of `sites`; differentiable."""
         with without_autocast(self.sites[0].parameter.device):
+            common = self.common.all()
+            each = [self._seen(site, common) for site in self.sites]
             updates: list[Update | None] = [None] * len(self.sites)
-            for group in self._groups():
+            for group in self._groups(each):
                 if len(group) == 1:
-                    updates[group[0]] = self.method.factors(self.tensors_of(self.sites[group[0]]))
+                    updates[group[0]] = self.method.factors(each[group[0]])
                     continue
-                each = [vars(self.tensors_of(self.sites[i])) for i in group]
-                stacked = Tensors(**{name: torch.stack([t[name] for t in each]) for name in each[0]})
+                names = vars(each[group[0]])
+                stacked = Tensors(**{name: torch.stack([getattr(each[i], name) for i in group]) for name in names})
                 for i, update in zip(group, self.method.factors(stacked).unbind(), strict=True):
                     updates[i] = update
             return [self._of(site, update) for site, update in zip(self.sites, updates, strict=True)]
@@ -126,15 +141,14 @@ class Part(nn.Module):
         """The update with what it must know of its site's weight."""
         return update if update.magnitude is None else update.with_row_scale(site.weight())
 
-    def _groups(self) -> Iterator[list[int]]:
+    def _groups(self, each: list[Tensors]) -> Iterator[list[int]]:
         """Indices of sites that `factors` takes together: of equal shapes, few enough for the CPU's cache."""
         if not self.method.batched:
-            yield from ([i] for i in range(len(self.sites)))
+            yield from ([i] for i in range(len(each)))
             return
         groups: dict[tuple, list[int]] = {}
-        for i, site in enumerate(self.sites):
-            t = vars(self.tensors_of(site))
-            groups.setdefault(tuple((k, v.shape, v.dtype, v.device) for k, v in t.items()), []).append(i)
+        for i, t in enumerate(each):
+            groups.setdefault(tuple((k, v.shape, v.dtype, v.device) for k, v in vars(t).items()), []).append(i)
         for key, members in groups.items():
             size = sum(shape.numel() for _, shape, _, _ in key)
             limit = len(members) if key[0][3].type != "cpu" else max(1, _CPU_STACK // max(1, size))
@@ -165,28 +179,40 @@ class Part(nn.Module):
 
     def _compute(self) -> None:
         # Through __call__, because sharding libraries hang their hooks there.
-        made: dict[nn.Module, list[tuple[Site, Update]]] = {}
-        for site, update in zip(self.sites, self(), strict=True):
-            made.setdefault(site.module, []).append((site, update))
+        made: dict[nn.Module, list[Share]] = {}
+        updates = self()
+        for site, update, piece in zip(self.sites, updates, self._pieces(updates), strict=True):
+            made.setdefault(site.module, []).append(Share(site, update, piece))
         self._updates, self._with_graph = made, torch.is_grad_enabled()
         if not is_compiling():  # a graph that knew of versions would be compiled anew at every step
             self._versions = self._version()
 
-    def _version(self) -> tuple:
-        return tuple((t.data_ptr(), t._version) for t in self.parameters())
+    def _pieces(self, updates: list[Update]) -> list[Pieces | None]:
+        """What plain linear layers take of the updates, in their own dtypes: cast together, once a forward."""
+        if is_compiling() or (self.method.input_dropout and self.training):
+            return [None] * len(updates)
+        found = [
+            pieces(site.rows, update) if type(site.module) is nn.Linear and not is_hooked(site.module) else None
+            for site, update in zip(self.sites, updates, strict=True)
+        ]
+        return cast_all(found, [site.parameter for site in self.sites])
 
-    def updates_of(self, module: nn.Module, tensor: str) -> list[tuple[Site, Update]]:
+    def _version(self) -> tuple:
+        held = (self.common, *self.store._modules.values())  # not by parameters(), which walks and compares names
+        return tuple([(t.data_ptr(), t._version) for own in held for t in own._parameters.values()])
+
+    def updates_of(self, module: nn.Module, tensor: str) -> list[Share]:
         """The updates of one weight. Computed now where the root was bypassed and those at hand do not fit."""
         if is_compiling() and not self.inside:  # nothing may stay behind in a graph of a part of the model
             own = [site for site in self.sites if site.key == (module, tensor)]
-            return [(site, self._of(site, self.method.factors(self.tensors_of(site)))) for site in own]
+            return [Share(site, self._of(site, self.method.factors(self.tensors_of(site))), None) for site in own]
         stale = self._updates is None or (torch.is_grad_enabled() and not self._with_graph)
         # Comparing every parameter's version at every tap would cost the square of the number of layers. Inside a
         # backward, activations are computed again with what their forward had.
         known = self.inside or torch._C._current_graph_task_id() != -1
         if stale or (not known and self._versions != self._version()):
             self._compute()
-        return [(site, update) for site, update in self._updates[module] if site.tensor == tensor]
+        return [share for share in self._updates[module] if share.site.tensor == tensor]
 
     def defer(self, call_scale: float = 1.0) -> None:
         """Leave the updates of the coming forward to its first tap: inside it offloaded tensors are at hand."""

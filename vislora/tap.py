@@ -7,7 +7,6 @@ modules are not replaced, so names and state-dict keys of the base stay what the
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +17,7 @@ from . import reading
 from .distributed import is_sharded, whole
 from .layer import layer_of
 from .linalg import without_autocast
-from .lowrank import adapted_weight, is_first, merges, ready, takes
+from .lowrank import Ready, adapted_weight, gather, is_first, merges, takes
 from .offload import is_hooked, kept
 from .quantized import dequantized, is_quantized
 
@@ -40,49 +39,52 @@ class Tap:
         self._install()
 
     def _install(self) -> None:
-        self.handles = [self.module.register_forward_hook(self, with_kwargs=True)]
-        if type(self.module) is nn.Linear:
+        plain = type(self.module) is nn.Linear
+        self.handles = [self.module.register_forward_hook(self, with_kwargs=True, always_call=plain)]
+        if plain:
             self.handles.append(self.module.register_forward_pre_hook(self.before, with_kwargs=True))
-            self.handles.append(self.module.register_forward_hook(self.leave, always_call=True))
 
     def _uninstall(self) -> None:
         for handle in self.handles:
             handle.remove()
 
     def _active(self) -> list[Part]:
-        return [part for part in self.parts if part.active and part not in self.merged]
+        return [part for part in self.parts if part.disabled == 0 and part not in self.merged]
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Choose the quick way where it can be gone; where the adapted weight is cheapest, the layer shall use that."""
         active, x = self._active(), args[0] if args else kwargs["input"]
         if not active or not takes(module, x) or (module.training and any(p.method.input_dropout for p in active)):
             return
-        shares = [(site.rows, update, part.strength) for part in active
-                  for site, update in part.updates_of(module, self.tensor)]  # fmt: skip
-        found, alone, merged = ready(shares, module.weight.dtype), is_first(module, self), False
-        if found is None or (found.shift is not None and (self.base is not None or not alone)):
+        weight, alone, merged = module._parameters["weight"], is_first(module, self), False
+        shares = [(site.rows, pieces, part.strength) for part in active
+                  for site, _, pieces in part.updates_of(module, self.tensor)]  # fmt: skip
+        found = gather(shares, weight.dtype)
+        if found is None or (found[2] is not None and (self.base is not None or not alone)):
             return
-        if alone and found.shift is None and merges(x, module.weight, found.terms, found.factors):
+        terms, factors, shift = found
+        if alone and shift is None and merges(x, weight, terms, factors):
             with torch.no_grad():
-                weight, merged = adapted_weight(module.weight, found.terms, found.factors), True
-            module.__dict__["weight"] = weight  # found before the parameter, which stays where it is
-        module.__dict__[_READY] = replace(found, merged=merged, alone=alone)
+                adapted, merged = adapted_weight(weight, terms, factors), True
+            module.__dict__["weight"] = adapted  # found before the parameter, which stays where it is
+        module.__dict__[_READY] = Ready(terms, factors, shift, merged, alone)
 
-    def leave(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        """The layer's forward has ended, by an exception too."""
-        if not is_compiling() and module.__dict__.pop(_READY, None) is not None:
-            module.__dict__.pop("weight", None)
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | None) -> Tensor | None:
+        """The layer has returned, or raised an exception, and then what is returned here is dropped."""
+        found = None
+        if not is_compiling():
+            found = module.__dict__.pop(_READY, None)
+            if found is not None and found.merged:
+                module.__dict__.pop("weight", None)
+        if output is None:
+            return None
         active = self._active()
         if not active:
             return output
         x = args[0] if args else kwargs["input"]
-        if not is_compiling() and _READY in module.__dict__:
+        if found is not None:
             for part in active:
                 part.saw(module)
-            found = module.__dict__.pop(_READY)
-            module.__dict__.pop("weight", None)
             return found.finish(module, x, output)
         total = output
         for part in active:
@@ -98,10 +100,10 @@ class Tap:
         bias, updates, frozen = self.module.bias, part.updates_of(self.module, self.tensor), output
         if bias is not None and is_hooked(self.module):  # by now it may be gone again
             bias = (kept(self.module, "bias") if bias.is_meta else bias).to(output.device)
-        if self.base is not None and any(update.row_scale is not None for _, update in updates):
+        if self.base is not None and any(update.row_scale is not None for _, update, _ in updates):
             # A magnitude scales what the base makes of x, and `output` holds another adapter's merged delta.
             frozen = layer.whole(x, self.base, bias)
-        for site, update in updates:
+        for site, update, _ in updates:
             if site.rows is None:
                 return update.apply(x, frozen, bias, strength, dropout, layer).to(output.dtype)
             if site.rows.start > at:
@@ -154,7 +156,7 @@ class Tap:
         base = self.base
         total = torch.zeros(base.shape, dtype=torch.promote_types(base.dtype, torch.float32), device=base.device)
         for part in self.merged:
-            for site, update in part.updates_of(self.module, self.tensor):
+            for site, update, _ in part.updates_of(self.module, self.tensor):
                 rows = slice(None) if site.rows is None else site.rows
                 total.flatten(1)[rows] += part.adapter_weight * update.dense(site.weight()).to(total.dtype)
         return total
@@ -196,7 +198,7 @@ class ReadTap(Tap):
     def _laid_out(self, part: Part, weight: Tensor) -> Tensor:
         """One part's delta of the weight's shape: its row blocks, zeros between."""
         blocks, at = [], 0
-        for site, update in part.updates_of(self.module, self.tensor):
+        for site, update, _ in part.updates_of(self.module, self.tensor):
             delta = update.dense(site.weight())
             delta = delta if part.strength == 1.0 else part.strength * delta
             if site.rows is None:
