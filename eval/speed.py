@@ -20,7 +20,7 @@ import torch
 from cost import show
 from speed_goals import check, wanted
 from speed_models import FULL, HOSTS, SMALL
-from speed_variants import Variant, counts, names
+from speed_variants import Variant, counts, model_of, names
 
 from vislora.errors import InputError, run_script
 
@@ -34,7 +34,8 @@ def measure(host, rank: int, chosen: list[str], pairs: int, dtype: str, device: 
 
     Turns alternate their direction, so that no variant always follows the same one; the first two warm up.
     """
-    variants = {name: Variant(host, name, rank, DTYPES[dtype], device) for name in chosen}
+    base = model_of(host, DTYPES[dtype], device)
+    variants = {name: Variant(host, name, rank, DTYPES[dtype], device, base) for name in chosen}
     seconds: dict[str, list[float]] = {name: [] for name in chosen}
     for turn in range(pairs + 2):
         for name in chosen if turn % 2 else chosen[::-1]:

@@ -179,7 +179,7 @@ def llama_1b(size: str) -> Host:
 
 
 def llama_8b(size: str) -> Host:
-    """Llama 3 8B's 32 layers on 2,048 tokens; every linear is adapted. Each variant holds its own 16 GB in bf16."""
+    """Llama 3 8B's 32 layers on 2,048 tokens; every linear is adapted."""
     numbers = (4096, 14336, 32, 32, 8, 2048, (16,)) if size != TINY else (16, 24, 1, 2, 1, 6, (4,))
     return _llama("llama_8b", *numbers, without=("sorsa", "pissa", "olora", "full", "joined"))
 

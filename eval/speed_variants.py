@@ -7,6 +7,7 @@ adds. A step is forward, backward, clearing the gradients and, where something t
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 import weakref
 from collections.abc import Callable
@@ -33,12 +34,11 @@ def names() -> list[str]:
 class Variant:
     """A model, its inputs and `step()`."""
 
-    def __init__(self, host: Host, name: str, rank: int, dtype: torch.dtype, device: str):
+    def __init__(self, host: Host, name: str, rank: int, dtype: torch.dtype, device: str,
+                 base: nn.Module | None = None):  # fmt: skip
+        """base: a model whose large weights this one shares, where nothing trains them."""
         self.host, self.name, self.optimizer, self.penalty = host, name, None, None
-        torch.manual_seed(0)
-        with torch.device(device), _default(dtype if device == "cuda" else torch.float32):  # 8 B in place
-            model = host.build()
-        self.model = model.to(device, dtype).requires_grad_(False)
+        self.model = model_of(host, dtype, device) if base is None or name == "full" else _sharing(base)
         self.inputs = tuple(x.to(device, dtype) if x.is_floating_point() else x.to(device) for x in host.inputs())
         self.inputs[0].requires_grad_(True)
         self.model.train()
@@ -100,6 +100,20 @@ class Variant:
         began = time.thread_time()
         self.step()
         return time.thread_time() - began
+
+
+def model_of(host: Host, dtype: torch.dtype, device: str) -> nn.Module:
+    """The host's model, frozen; on a GPU made there and in its dtype: elsewhere 8 billion numbers take a minute."""
+    torch.manual_seed(0)
+    with torch.device(device), _default(dtype if device == "cuda" else torch.float32):
+        model = host.build()
+    return model.to(device, dtype).requires_grad_(False)
+
+
+def _sharing(base: nn.Module) -> nn.Module:
+    """A copy with weights of its own but for those of a million numbers and more."""
+    large = {id(p): nn.Parameter(p.data, requires_grad=False) for p in base.parameters() if p.numel() >= 2**20}
+    return copy.deepcopy(base, large)
 
 
 @contextlib.contextmanager
