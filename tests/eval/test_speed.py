@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -80,3 +81,27 @@ def test_the_loop_s_losses_are_the_script_s(speed):
     assert row["losses apart"] < 1e-5
     assert row["operations, script / ours"] > 1.05  # the encoders
     assert all(ratio > 0 for ratio in row["script / ours"])
+
+
+def test_parts_are_measured(speed, monkeypatch):
+    import speed_parts
+
+    monkeypatch.setattr(speed_parts, "DEVICE", "cpu")
+    (row,) = speed_parts.cayley_map(2, [(12, 3, 4)])
+    assert row["what"] == "d 12, r 3, 4 layers" and all(value[0] > 0 for value in list(row.values())[1:])
+    assert [row["what"] for row in speed_parts.files(1)] == ["load and take away", "swap", "merge and unmerge"]
+    *ratios, apart = speed_parts.inference(1)
+    assert len(ratios) == 3 and 0 < apart["apart, relative"] < 1e-5
+
+
+def test_variants_share_large_weights_and_train_their_own(speed):
+    host = speed.HOSTS["linear"]("usual")
+    base = speed.model_of(host, torch.float32, "cpu")
+    base["layer"] = torch.nn.Linear(1024, 1024).requires_grad_(False)
+    host = dataclasses.replace(host, inputs=lambda: (torch.randn(4, 1024),))
+    lora = speed.Variant(host, "lora", 4, torch.float32, "cpu", base)
+    held = base["layer"].weight.clone()
+    lora.step()
+    assert lora.model["layer"].weight.data_ptr() == base["layer"].weight.data_ptr()
+    assert lora.model["layer"].bias.data_ptr() != base["layer"].bias.data_ptr()
+    assert torch.equal(held, base["layer"].weight)
