@@ -225,3 +225,11 @@ def test_a_choice_compares_what_all_values_finished(sweep):
     assert table.choose(setting, found, "lora") == 1
     assert table.choose(Setting("rate", [1, 2], by="score", goal="min"), found, "lora") == 2
     assert table.choose(setting, found, "nobody") is None
+
+
+def test_equal_values_have_no_interval():
+    """The mean of three times 0.1 is not 0.1 in floating point, and its error is no spread."""
+    from vislora.sweep.table import Mean, interval
+
+    assert interval([0.1, 0.1, 0.1]) == Mean(0.1, 0.0, 3)
+    assert interval([1.0, 3.0]).half == pytest.approx(12.7062, abs=1e-3)

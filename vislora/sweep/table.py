@@ -64,6 +64,8 @@ def interval(values: Sequence[float]) -> Mean:
     n, mean = len(values), math.fsum(values) / len(values)
     if n == 1:
         return Mean(mean, math.nan, 1)
+    if len(set(values)) == 1:  # exactly, which the mean's rounding would hide
+        return Mean(values[0], 0.0, n)
     spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
     return Mean(mean, float(t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * spread / math.sqrt(n), n)
 
