@@ -135,8 +135,9 @@ def _row(what: str, ours: Callable, theirs: Callable, pairs: int) -> dict:
 @contextlib.contextmanager
 def _pipelines() -> Iterator[tuple[StableDiffusionPipeline, StableDiffusionPipeline, list[Path]]]:
     """Two pipelines of the world's model, and two LoRA files of rank 16 for them, as diffusers writes them."""
-    logging.getLogger("vislora").setLevel(logging.ERROR)
-    made = []
+    log, made = logging.getLogger("vislora"), []
+    level = log.level
+    log.setLevel(logging.ERROR)  # where an exported file is
     for _ in range(2):
         pipe = StableDiffusionPipeline.from_pretrained(world.TINY_SD, safety_checker=None, local_files_only=True)
         pipe.unet.to(memory_format=torch.channels_last)
@@ -152,7 +153,10 @@ def _pipelines() -> Iterator[tuple[StableDiffusionPipeline, StableDiffusionPipel
                     p.copy_(0.05 * torch.randn(p.shape, generator=noise))
             saved.append(adapter.export(Path(folder) / str(seed), format="diffusers"))
             adapter.detach()
-        yield made[0], made[1], saved
+        try:
+            yield made[0], made[1], saved
+        finally:
+            log.setLevel(level)
 
 
 PARTS = {"cayley": cayley_map, "files": files, "inference": inference}
