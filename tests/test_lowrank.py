@@ -184,3 +184,13 @@ def test_checkpointed_layers_compare_no_versions_in_the_backward(monkeypatch):
     loss.backward()
     for p, gradient in zip(adapter.parameters(), plain, strict=True):
         close(p.grad, gradient, 1e-12)
+
+
+@pytest.mark.parametrize("method", ["lora", "nb_lora", "pissa", "dora"])
+def test_factors_that_are_cast_together_get_their_gradients(monkeypatch, method):
+    """float32 factors on a bf16 base: up to bf16's rounding what the plain way's casts, one by one, give."""
+    ways = [found(monkeypatch, plain, method, dtype=torch.bfloat16)[0] for plain in (True, False)]
+    assert len(ways[0]) == len(ways[1]) > 2
+    for plain, quick in zip(*ways, strict=True):
+        assert plain.dtype == quick.dtype
+        close(plain.float(), quick.float(), 0.1)
