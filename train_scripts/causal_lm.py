@@ -15,7 +15,6 @@ import itertools
 import logging
 import math
 import sys
-import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -40,6 +39,7 @@ from vislora.training import checkpoint, telemetry
 from vislora.training.begin import begin
 from vislora.training.cores import require_device, use_cores
 from vislora.training.dry_run import describe
+from vislora.training.meter import Meter
 from vislora.training.random import first_position, generator
 from vislora.training.resume import load_state, require_same_run, save_state
 from vislora.training.run import InterruptFlag, RunFolder
@@ -117,11 +117,11 @@ class Run:
         self.total = options.max_train_steps or math.ceil(self.plan.rows(options.num_train_epochs) / self.a_step)
         if options.gradient_checkpointing:
             models.checkpointing(model)
-        self.model, self.finite = model, True
+        self.model = model
         if not self.trains:
             self.model = accelerator.prepare_model(model, evaluation_mode=True)
             return
-        optimizer = optim.from_options(options, adapter)
+        optimizer = optim.from_options(options, adapter, fused=accelerator.scaler is None)
         self.scheduler = get_scheduler(
             options.lr_scheduler_type, optimizer, num_warmup_steps=options.warmup(self.total),
             num_training_steps=self.total,
@@ -154,50 +154,45 @@ class Run:
         """Optimizer steps start + 1 to the last; each goes by the numbers step and seed alone."""
         o = self.options
         bar = tqdm(total=self.total, initial=start, desc="training", disable=not self.main)
-        sums: dict[str, torch.Tensor] = {}
-        logged, since, tokens = start, time.perf_counter(), 0
+        meter, tokens, logged = Meter([self.optimizer], self.accelerator.scaler), 0, start
+        most = math.inf if o.max_grad_norm is None else o.max_grad_norm
         self.model.train()
         for step in range(start, self.total):
             parts = self.backward(step)
-            parameters = list(self.adapter.parameters())
-            if o.max_grad_norm is not None:
-                parts["grad_norm"] = self.accelerator.clip_grad_norm_(parameters, o.max_grad_norm)
+            parts["grad_norm"] = self.accelerator.clip_grad_norm_(list(self.adapter.parameters()), most)
             if o.penalty_unclipped and self.adapter.method.has_penalty():
                 parts["penalty"] = self.adapter.penalty()
                 self.accelerator.backward(parts["penalty"])
-            self.require_finite(parts, step)
+            meter.add(parts)
             rate = self.scheduler.get_last_lr()[0]  # of this step
             self.optimizer.step()
             self.optimizer.zero_grad()
             if not self.accelerator.optimizer_step_was_skipped:
                 self.scheduler.step()
-            sums = {name: sums.get(name, 0) + value.detach().float() for name, value in parts.items()}
             tokens += sum(len(self.data.examples[i]) for q in self.window(step) for i in self.plan.row(q))
             done = step + 1
             bar.update()
             if done % o.logging_steps == 0 or done == self.total:
-                sums = {name: distributed.mean(value, self.device) for name, value in sums.items()}
-                took = time.perf_counter() - since
-                values = {name: float(value) / (done - logged) for name, value in sums.items()}
-                values |= {"lr": rate, "seconds_per_step": took / (done - logged), "tokens_per_second": tokens / took}
+                values = meter.read(lambda value: distributed.mean(value, self.device)) | {"lr": rate}
+                values["tokens_per_second"] = tokens / (values["seconds_per_step"] * (done - logged))
                 values["epoch"] = done * self.a_step / self.plan.rows(1)
                 values["memory_mib"] = models.memory_mib(self.device)
                 by_site, largest = telemetry.layers(self.adapter) if self.reads else ({}, {})
                 if self.main:
                     log.write(done, values | largest, by_site)
                     bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{values['lr']:.1e}")
-                sums, logged, since, tokens = {}, done, time.perf_counter(), 0
+                logged, tokens = done, 0
             if o.probe_steps and done % o.probe_steps == 0 and done < self.total:
-                found = probe.cosines(self.adapter, partial(self.backward, done), o.gradient_accumulation_steps)
-                if self.main:
-                    log.write(done, *telemetry.alignment(found))
-                since = time.perf_counter()
+                with meter.paused():
+                    found = probe.cosines(self.adapter, partial(self.backward, done), o.gradient_accumulation_steps)
+                    if self.main:
+                        log.write(done, *telemetry.alignment(found))
             stopping = self.stopping(stop)
             if self.reads and (done % o.save_steps == 0 or stopping):
                 self.save(done)
             if o.eval_steps and done % o.eval_steps == 0 and done < self.total:
-                self.evaluate(done, log)
-                since = time.perf_counter()
+                with meter.paused():
+                    self.evaluate(done, log)
             if stopping:
                 break
         bar.close()
@@ -237,14 +232,6 @@ class Run:
         """Whether a signal came; to any process, where all go on together or not at all."""
         asked = torch.tensor(float(bool(stop)))
         return bool(distributed.mean(asked, self.device) > 0 if self.sharded else asked)
-
-    def require_finite(self, parts: dict[str, torch.Tensor], step: int) -> None:
-        """Stop before a step that would put NaN into what trains; what was saved before stays whole."""
-        watched = ("loss",) if self.accelerator.scaler else ("loss", "grad_norm")  # a scaler skips such steps by itself
-        for name in watched:
-            if name in parts and not math.isfinite(float(parts[name])):
-                wrong = f"{name} is {float(parts[name])} at step {step + 1}: the run diverged"
-                raise InputError("--learning_rate", wrong, f"lower {self.options.learning_rate:g}, or warm up longer")
 
     def evaluate(self, step: int, log: telemetry.Log) -> dict[str, float]:
         """Loss, samples and answers of held-out data, logged and printed; chance in the run is left as it was."""

@@ -17,7 +17,6 @@ import itertools
 import logging
 import math
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from vislora.training import checkpoint, telemetry
 from vislora.training.begin import begin
 from vislora.training.cores import require_device, use_cores
 from vislora.training.dry_run import describe
+from vislora.training.meter import Meter
 from vislora.training.random import first_position, generator
 from vislora.training.resume import require_same_run
 from vislora.training.run import InterruptFlag, RunFolder
@@ -157,32 +157,30 @@ class Run:
         """Optimizer steps start + 1 to the last; each goes by the numbers step and seed alone."""
         o, batches = self.options, self.batches(start)
         bar = tqdm(total=self.total, initial=start, desc="training", disable=not self.main)
-        loss_sum, logged, since = 0.0, start, time.perf_counter()
+        meter, logged = Meter(self.tuned.optimizers.values()), start
         self.model.train()
         for step in range(start, self.total):
-            loss_sum = loss_sum + self.backward(batches).detach()
+            loss = self.backward(batches)
             norm = self.accelerator.clip_grad_norm_(self.tuned.parameters(), o.max_grad_norm)
+            meter.add({"loss": loss, "grad_norm": norm})
             rates = {f"{name}_lr": s.get_last_lr()[0] for name, s in self.tuned.schedulers.items()}  # of this step
             self.tuned.step()
             done = step + 1
             bar.update()
             if done % o.logging_steps == 0 or done == self.total:
-                spent = time.perf_counter() - since
-                self.seconds, self.images = self.seconds + spent, self.images + (done - logged) * self.step_images
-                values = {"loss": float(loss_sum) / (done - logged), "grad_norm": float(norm), **rates,
-                          "images_per_second": (done - logged) * self.step_images / spent}  # fmt: skip
-                telemetry.require_finite(values["loss"])
+                values = meter.read() | rates
+                spent, images = values.pop("seconds_per_step") * (done - logged), (done - logged) * self.step_images
+                self.seconds, self.images, logged = self.seconds + spent, self.images + images, done
+                values["images_per_second"] = images / spent
                 if self.main:
                     by_site, largest = telemetry.layers(self.adapter)
                     log.write(done, values | largest, by_site)
                     bar.set_postfix(loss=f"{values['loss']:.3f}")
-                loss_sum, logged, since = 0.0, done, time.perf_counter()
-            pause = time.perf_counter()
-            if o.probe_steps and done % o.probe_steps == 0 and done < self.total:
-                self.probe(done, log)
-            if done % self.every == 0 or done == self.total:
-                self.measure(done, log)
-            since += time.perf_counter() - pause
+            with meter.paused():
+                if o.probe_steps and done % o.probe_steps == 0 and done < self.total:
+                    self.probe(done, log)
+                if done % self.every == 0 or done == self.total:
+                    self.measure(done, log)
             if self.main and (done % o.checkpointing_steps == 0 or stop):
                 self.tuned.save(self.folder.checkpoints, done, self.about())
             if stop:

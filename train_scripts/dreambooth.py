@@ -44,6 +44,7 @@ from vislora.training.begin import begin
 from vislora.training.cores import require_device, use_cores
 from vislora.training.dry_run import describe
 from vislora.training.ema import EMA
+from vislora.training.meter import Meter
 from vislora.training.random import first_position, generator
 from vislora.training.resume import load_state, require_same_run, save_state
 from vislora.training.run import InterruptFlag, RunFolder
@@ -138,7 +139,8 @@ class Run:
         self.validation = validation.Validation(options, prompts, paths, folder.samples, diffusion)
 
         encoders = diffusion.family.clip if options.train_text_encoder else ()
-        optimizer = optim.from_options(options, self.adapter, dict.fromkeys(encoders, options.text_encoder_lr))
+        rates = dict.fromkeys(encoders, options.text_encoder_lr)
+        optimizer = optim.from_options(options, self.adapter, rates, accelerator.scaler is None)
         self.total = photos.steps(accelerator.num_processes)
         self.scheduler = get_scheduler(
             options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps, num_training_steps=self.total,
@@ -179,14 +181,14 @@ class Run:
 
     def train(self, start: int, log: telemetry.Log, stop: InterruptFlag) -> None:
         """Optimizer steps start + 1 to the last; each goes by the numbers step and seed alone."""
-        o = self.options
+        o, meter = self.options, Meter([self.optimizer], self.accelerator.scaler)
         bar = tqdm(total=self.total, initial=start, desc="training", disable=not self.main)
-        meter = telemetry.Meter()
         for model in self.trained:
             model.train()
         for step in range(start, self.total):
             parts = self.backward(step)
             parts["grad_norm"] = self.accelerator.clip_grad_norm_(self.adapter.parameters(), o.max_grad_norm)
+            meter.add(parts)
             rate = self.scheduler.get_last_lr()[0]  # of this step
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -194,7 +196,6 @@ class Run:
                 self.scheduler.step()
                 if self.ema is not None:
                     self.ema.update()
-            meter.add(parts)
             done = step + 1
             bar.update()
             if self.main and (done % o.logging_steps == 0 or done == self.total):

@@ -14,7 +14,6 @@ import itertools
 import logging
 import math
 import sys
-import time
 from contextlib import nullcontext
 from functools import partial
 from hashlib import sha256
@@ -40,6 +39,7 @@ from vislora.training import checkpoint, telemetry
 from vislora.training.begin import begin
 from vislora.training.cores import require_device, use_cores
 from vislora.training.dry_run import describe
+from vislora.training.meter import Meter
 from vislora.training.random import first_position, generator
 from vislora.training.resume import load_state, require_same_run, save_state
 from vislora.training.run import InterruptFlag, RunFolder
@@ -130,9 +130,10 @@ class Run:
             optimizer = torch.optim.AdamW(
                 groups, lr=options.head_learning_rate or options.learning_rate, weight_decay=options.adam_weight_decay,
                 betas=(options.adam_beta1, options.adam_beta2), eps=options.adam_epsilon,
+                fused=accelerator.scaler is None,
             )  # fmt: skip
         else:
-            optimizer = optim.from_options(options, handle)
+            optimizer = optim.from_options(options, handle, fused=accelerator.scaler is None)
             if groups:
                 rate = options.head_learning_rate or options.learning_rate
                 optimizer.add_param_group({"params": groups, "lr": rate, "name": "head"})
@@ -171,47 +172,40 @@ class Run:
 
     def train(self, start: int, log: telemetry.Log, stop: InterruptFlag) -> None:
         """Optimizer steps start + 1 to the last; each goes by the numbers step and seed alone."""
-        o, sums = self.options, {}
+        o, most = self.options, math.inf if self.options.max_grad_norm is None else self.options.max_grad_norm
         bar = tqdm(total=self.total, initial=start, desc="training", disable=not self.main)
-        logged, since = start, time.perf_counter()
+        meter = Meter([self.optimizer], self.accelerator.scaler)
         self.model.train()
         for step in range(start, self.total):
             parts = self.backward(step)
-            if o.max_grad_norm is not None:
-                norm = self.accelerator.clip_grad_norm_(list(self.adapter.parameters()), o.max_grad_norm)
-                parts["grad_norm"] = norm
-            if not self.accelerator.scaler and not all(math.isfinite(float(value)) for value in parts.values()):
-                wrong = f"the loss or its gradient is not finite at step {step + 1}: the run diverged"
-                raise InputError("--learning_rate", wrong, f"lower {o.learning_rate:g}, or warm up longer")
+            parts["grad_norm"] = self.accelerator.clip_grad_norm_(list(self.adapter.parameters()), most)
+            meter.add(parts)
             rate = self.scheduler.get_last_lr()[0]  # of this step
             self.optimizer.step()
             self.optimizer.zero_grad()
             if not self.accelerator.optimizer_step_was_skipped:
                 self.scheduler.step()
-            sums = {name: sums.get(name, 0) + value.detach().float() for name, value in parts.items()}
             done = step + 1
             bar.update()
             if done % o.logging_steps == 0 or done == self.total:
-                values = {k: float(distributed.mean(v, self.device)) / (done - logged) for k, v in sums.items()}
-                values |= {"lr": rate, "seconds_per_step": (time.perf_counter() - since) / (done - logged)}
+                values = meter.read(lambda value: distributed.mean(value, self.device)) | {"lr": rate}
                 values["memory_mib"] = models.memory_mib(self.device)
                 by_site, largest = telemetry.layers(self.adapter.adapter) if self.reads else ({}, {})
                 if self.main:
                     log.write(done, values | largest, by_site)
                     bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{values['lr']:.1e}")
-                sums, logged, since = {}, done, time.perf_counter()
             if o.probe_steps and done % o.probe_steps == 0 and done < self.total:
-                found = probe.cosines(self.adapter, partial(self.backward, done), o.gradient_accumulation_steps)
-                self.optimizer.zero_grad()  # the head's, which is no part of the adapter
-                if self.main:
-                    log.write(done, *telemetry.alignment(found))
-                since = time.perf_counter()
+                with meter.paused():
+                    found = probe.cosines(self.adapter, partial(self.backward, done), o.gradient_accumulation_steps)
+                    self.optimizer.zero_grad()  # the head's, which is no part of the adapter
+                    if self.main:
+                        log.write(done, *telemetry.alignment(found))
             stopping = self.stopping(stop)
             if self.reads and (done % o.save_steps == 0 or stopping):
                 self.save(done)
             if self.reads and done % (o.eval_steps or self.an_epoch) == 0 and done < self.total:
-                self.evaluate(done, log)
-                since = time.perf_counter()
+                with meter.paused():
+                    self.evaluate(done, log)
             if stopping:
                 break
         bar.close()

@@ -246,14 +246,20 @@ def test_conversations(run, place):
 @pytest.mark.case("F27")
 def test_a_run_that_diverges_stops_before_it_spoils_anything(run, script, place, capsys, monkeypatch):
     original = script.Run.backward
-    monkeypatch.setattr(
-        script.Run, "backward",
-        lambda self, step: {k: v * (math.nan if step == 1 else 1) for k, v in original(self, step).items()},
-    )  # fmt: skip
+
+    def spoiled(self, step):
+        parts = original(self, step)
+        for p in self.adapter.parameters():
+            p.grad.mul_(math.nan if step else 1)
+        return parts
+
+    monkeypatch.setattr(script.Run, "backward", spoiled)
     with pytest.raises(SystemExit) as stop:
-        run("--output_dir", "out", "--save_steps", "1")
-    assert stop.value.code == 2 and "loss is nan at step 2" in capsys.readouterr().err
-    assert all(t.isfinite().all() for t in state("out", 1).values())
+        run("--output_dir", "out", "--save_steps", "1", "--max_train_steps", "4")
+    assert stop.value.code == 2 and "not finite for 3 steps in a row" in capsys.readouterr().err
+    first, last = state("out", 1), state("out", 3)
+    assert all(torch.equal(t, last[n]) for n, t in first.items() if n.startswith("adapter"))
+    assert all(t.isfinite().all() for t in last.values())
 
 
 def test_dry_run_writes_nothing(run, place, capsys):

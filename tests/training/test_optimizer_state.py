@@ -28,6 +28,7 @@ def advance(model, optimizer, steps, start):
 
 KINDS = {
     "adamw": torch.optim.AdamW,
+    "fused": lambda g: torch.optim.AdamW(g, fused=True),
     "amsgrad": lambda g: torch.optim.AdamW(g, amsgrad=True, betas=(0.8, 0.95)),
     "sgd": lambda g: torch.optim.SGD(g, momentum=0.9),
     "plain": torch.optim.SGD,
@@ -113,3 +114,28 @@ def test_a_state_that_is_neither_tensor_nor_scalar_is_refused():
     optimizer.state[model[0].weight]["history"] = [torch.zeros(2)]
     with pytest.raises(ValueError, match="0.weight.history holds .* neither a tensor nor a JSON scalar"):
         optimizer_tensors(optimizer, list(model.named_parameters()))
+
+
+def test_moments_come_back_in_the_memory_layout_of_their_parameter():
+    """The fused kernel pairs parameter, gradient and moments by place in memory."""
+
+    def made():
+        torch.manual_seed(0)
+        layer = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        return layer, torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+
+    def advance(layer, optimizer, seed):
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        layer(x.to(memory_format=torch.channels_last)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    (one, first), (other, second) = made(), made()
+    for seed in range(3):
+        advance(one, first, seed)
+    saved, rest = optimizer_tensors(first, list(one.named_parameters()))
+    other.load_state_dict(one.state_dict())
+    load_optimizer(second, list(other.named_parameters()), {n: t.contiguous() for n, t in saved.items()}, rest)
+    advance(one, first, 3)
+    advance(other, second, 3)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))

@@ -121,7 +121,11 @@ class AdaLoRA(Method):
         smooth = {}
         for name in _TRAINED:
             value, importance, variation = (getattr(t, f"{name}{tail}") for tail in ("", "_importance", "_variation"))
-            now = whole(value * value.grad).abs()
+            if value.grad is not None:  # a step that was not finite says nothing of importance
+                now = whole(value * value.grad).abs()
+                now = torch.where(now.isfinite(), now, importance)
+            else:
+                now = importance
             importance.lerp_(now, 1 - self.beta1)
             variation.lerp_((now - importance).abs(), 1 - self.beta2)
             smooth[name] = importance * variation

@@ -61,19 +61,22 @@ def require_fit(name: str, method: Method) -> None:
 
 
 def build(
-    name: str, adapter: Adapter, lr: float, component_lr: dict[str, float] | None = None, **settings: Any
+    name: str, adapter: Adapter, lr: float, component_lr: dict[str, float] | None = None, fused: bool = True,
+    **settings: Any,
 ) -> torch.optim.Optimizer:
     """The optimizer called `name` over an adapter's parameters, ready for `adapter.bind`.
 
-    lr, component_lr: as `Adapter.param_groups` takes them. settings: betas, eps and weight_decay, as torch's AdamW has
-    them, and the optimizer's own keywords. Raises InputError where the optimizer does not fit the adapter's method.
+    lr, component_lr: as `Adapter.param_groups` takes them. fused: whether AdamW steps by torch's one kernel for all
+    parameters; not under a loss scale, whose skipped steps that hides. settings: betas, eps and weight_decay, as
+    torch's AdamW has them, and the optimizer's own keywords. Raises InputError where the optimizer does not fit the
+    adapter's method.
     """
     require_fit(name, adapter.method)
     if name == "prodigy":
         return _prodigy(adapter.param_groups(lr), settings)
     groups = adapter.param_groups(lr, component_lr)
     if name == "adamw":
-        return torch.optim.AdamW(groups, **settings)
+        return torch.optim.AdamW(groups, fused=fused, **settings)
     if name == "adamw8bit":
         import bitsandbytes  # seconds
 
@@ -111,10 +114,14 @@ def own_options(options: Any) -> dict[str, Any]:
     return found
 
 
-def from_options(options: Any, adapter: Adapter, component_lr: dict[str, float] | None = None) -> torch.optim.Optimizer:
-    """The optimizer of a script's options: optimizer, learning_rate, the adam_* ones, and the optimizer's own."""
+def from_options(
+    options: Any, adapter: Adapter, component_lr: dict[str, float] | None = None, fused: bool = True
+) -> torch.optim.Optimizer:
+    """The optimizer of a script's options: optimizer, learning_rate, the adam_* ones, and the optimizer's own.
+
+    fused: as `build` takes it."""
     return build(
-        options.optimizer, adapter, options.learning_rate, component_lr,
+        options.optimizer, adapter, options.learning_rate, component_lr, fused,
         betas=(options.adam_beta1, options.adam_beta2), eps=options.adam_epsilon,
         weight_decay=options.adam_weight_decay, **own_options(options),
     )  # fmt: skip

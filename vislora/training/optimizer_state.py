@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -69,7 +70,10 @@ def load_optimizer(optimizer: Optimizer, names: Named, tensors: Mapping[str, Ten
             for key in rest["states"][name]["tensors"]:
                 # torch keeps the step count on the CPU, unless the kernel itself reads it
                 on_cpu = key == "step" and not (group.get("capturable") or group.get("fused"))
-                state[key] = tensors[f"{name}|{key}"].to("cpu" if on_cpu else parameter.device, copy=True)
+                value = tensors[f"{name}|{key}"]
+                state[key] = value.to("cpu" if on_cpu else parameter.device, copy=True)
+                if value.shape == parameter.shape:  # the fused kernel goes by places in memory, whatever the strides
+                    state[key] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
             if state:
                 optimizer.state[parameter] = state
             else:

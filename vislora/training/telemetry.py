@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
 import numpy as np
@@ -19,7 +16,6 @@ from accelerate.tracking import (
 )
 from accelerate.utils import LoggerType
 from PIL import Image
-from torch import Tensor
 
 from vislora.errors import InputError, near, printable
 from vislora.handle import Handle
@@ -51,42 +47,6 @@ def alignment(cosines: Mapping[str, float]) -> tuple[dict[str, float], dict[str,
     """What `Log.write` takes of the gradient probe's {site: cosine}: (their mean, each site's)."""
     mean = sum(cosines.values()) / len(cosines)
     return {"cosine": mean}, {name: {"cosine": value} for name, value in cosines.items()}
-
-
-class Meter:
-    """From one line of the log to the next: the means of what each step gives, and the seconds of a step."""
-
-    def __init__(self):
-        self._sums: dict[str, Tensor] = {}
-        self._steps, self._since = 0, time.perf_counter()
-
-    def add(self, parts: Mapping[str, Tensor]) -> None:
-        """Take in a step's scalars; nothing waits for the device."""
-        self._sums = {name: self._sums.get(name, 0) + value.detach() for name, value in parts.items()}
-        self._steps += 1
-
-    def read(self) -> dict[str, float]:
-        """The means and "seconds_per_step" over the steps since the last reading; begins anew. InputError where the
-        loss is not finite."""
-        values = {name: float(value) / self._steps for name, value in self._sums.items()}
-        require_finite(values["loss"])
-        values["seconds_per_step"] = (time.perf_counter() - self._since) / self._steps
-        self.__init__()
-        return values
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Seconds inside are no step's."""
-        start = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - start
-
-
-def require_finite(loss: float) -> None:
-    """InputError for a mean of losses that is not finite: the run has diverged, and goes on for nothing."""
-    if not math.isfinite(loss):
-        remedy = "lower it, or warm up longer; what was saved before is finite"
-        raise InputError("--learning_rate", f"the loss is {loss}: the run diverged", remedy)
 
 
 def require_trackers(report_to: str) -> None:
