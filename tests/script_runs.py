@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from vislora.io import read
 
@@ -44,3 +46,17 @@ def lines(folder: str) -> list[dict]:
 def state(folder: str, step: int) -> dict[str, torch.Tensor]:
     place = Path(folder) / "checkpoints" / f"checkpoint-{step}"
     return {f"{f}.{k}": v for f in ("adapter", "optimizer") for k, v in read(place / f"{f}.safetensors")[0].items()}
+
+
+def compiles(run, monkeypatch, *flags: str) -> None:
+    """The script's --compile trains in graphs, few of them, and comes to the losses of the run without it."""
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")  # all but the compiler of kernels
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=graphs))
+        run("--compile", "--output_dir", "in_graphs", "--max_train_steps", "4", *flags)
+    assert 0 < graphs.frame_count <= 4
+    torch._dynamo.reset()
+    run("--output_dir", "plainly", "--max_train_steps", "4", *flags)
+    losses = [[line["loss"] for line in lines(folder) if "loss" in line] for folder in ("in_graphs", "plainly")]
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-3)

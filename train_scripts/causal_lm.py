@@ -37,7 +37,7 @@ from vislora.language.loss import share, token_losses
 from vislora.language.options import FREE_ON_RESUME, CausalLMOptions
 from vislora.training import checkpoint, telemetry
 from vislora.training.begin import begin
-from vislora.training.cores import require_device, use_cores
+from vislora.training.cores import require_device, use_compiler, use_cores
 from vislora.training.dry_run import describe
 from vislora.training.meter import Meter
 from vislora.training.random import first_position, generator
@@ -117,6 +117,8 @@ class Run:
         self.total = options.max_train_steps or math.ceil(self.plan.rows(options.num_train_epochs) / self.a_step)
         if options.gradient_checkpointing:
             models.checkpointing(model)
+        if options.compile:
+            use_compiler(model)
         self.model = model
         if not self.trains:
             self.model = accelerator.prepare_model(model, evaluation_mode=True)

@@ -31,7 +31,7 @@ from vislora.baselines import BASELINES
 from vislora.errors import InputError, run_script
 from vislora.training import checkpoint, telemetry
 from vislora.training.begin import begin
-from vislora.training.cores import require_device, use_cores
+from vislora.training.cores import require_device, use_compiler, use_cores
 from vislora.training.dry_run import describe
 from vislora.training.meter import Meter
 from vislora.training.random import first_position, generator
@@ -109,6 +109,8 @@ class Run:
         self.tuned = Tuned(adapter, model.head, o, self.total)
         self.stream = augment.Stream(sets.train, augment.training(preprocess, o), o.seed)
         self.mix = augment.mixer(o, len(sets.train.classes))
+        if o.compile:
+            use_compiler(model.tower)
         self.network = accelerator.prepare(model)
         self.evaluate = Evaluator(accelerator, model, augment.evaluation(preprocess), o.eval_batch_size,
                                   o.dataloader_num_workers, o.channels_last)  # fmt: skip

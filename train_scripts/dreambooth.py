@@ -32,7 +32,7 @@ from vislora.baselines import BASELINES
 from vislora.diffusion import conditioning, keeping, models, objective, publish, quantize, validation
 from vislora.diffusion.base import facts_of
 from vislora.diffusion.dataset import class_set, instance_set
-from vislora.diffusion.denoising import Denoising, checkpoint_activations
+from vislora.diffusion.denoising import Denoising, set_computation
 from vislora.diffusion.estimate import estimate
 from vislora.diffusion.options import FREE_ON_RESUME, DreamBoothOptions
 from vislora.diffusion.results import conclude, draw_base
@@ -146,7 +146,7 @@ class Run:
             options.lr_scheduler, optimizer, num_warmup_steps=options.lr_warmup_steps, num_training_steps=self.total,
             num_cycles=options.lr_num_cycles, power=options.lr_power,
         )  # fmt: skip
-        checkpoint_activations(options, diffusion)
+        set_computation(options, diffusion)
         self.network, self.optimizer = accelerator.prepare(diffusion.denoiser, optimizer)
         prepared = {name: accelerator.prepare(diffusion.parts[name]) for name in encoders}
         self.trained = [self.network, *prepared.values()]

@@ -37,7 +37,7 @@ from vislora.language.metrics import METRICS
 from vislora.language.options import FREE_ON_RESUME
 from vislora.training import checkpoint, telemetry
 from vislora.training.begin import begin
-from vislora.training.cores import require_device, use_cores
+from vislora.training.cores import require_device, use_compiler, use_cores
 from vislora.training.dry_run import describe
 from vislora.training.meter import Meter
 from vislora.training.random import first_position, generator
@@ -124,6 +124,8 @@ class Run:
         self.total = options.max_train_steps or math.ceil(options.num_train_epochs * len(data.train) / self.a_step)
         if options.gradient_checkpointing:
             models.checkpointing(model)
+        if options.compile:
+            use_compiler(model)
         handle = adapter.adapter
         groups = list(adapter.head.values())
         if next(handle.parameters(), None) is None:  # the linear probe

@@ -94,6 +94,7 @@ class Part(nn.Module):
         self.adapter_weight, self.call_scale, self.disabled = 1.0, 1.0, 0
         self.called: set[nn.Module] = set()
         self.compiled = False  # graphs were made of adapted modules, which take no such notes
+        self.traced = False  # the root's own forward is being made into a graph
         self.inside = False  # the root's own forward is running, for which the updates were just computed
         self.prepared = not method.needs_prepare
         self.frozen: list[nn.Parameter] = []  # what attach froze, to be given back at detach
@@ -220,10 +221,10 @@ class Part(nn.Module):
 
     def saw(self, module: nn.Module) -> None:
         """Note that the running forward reached an adapted module. A graph that read its notes would be made anew."""
-        if is_compiling():
-            self.compiled = True
-        else:
+        if not is_compiling():
             self.called.add(module)
+        elif not self.traced:  # where it is, the root has noted it: not in here, which may be a checkpoint's region
+            self.compiled = True
 
     def clear(self) -> None:
         """Drop the computed updates; the next forward makes new ones."""

@@ -42,7 +42,9 @@ class RootHook:
             self.part.defer(_call_scale(kwargs))
         else:
             self.part.refresh(_call_scale(kwargs))
-        if not is_compiling():
+        if is_compiling():
+            self.part.compiled = self.part.traced = True
+        else:
             self.part.called.clear()
         self.part.inside = True
 
@@ -50,6 +52,7 @@ class RootHook:
         """The forward has ended, by an exception too."""
         self.part.inside = False
         if is_compiling():  # what a graph leaves behind is an output of it, and an input of the next call
+            self.part.traced = False
             self.part.clear()
 
     def after(self, module: nn.Module, args: tuple, output) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
-from script_runs import REPOSITORY, lines, refused, state
+from script_runs import REPOSITORY, compiles, lines, refused, state
 from tiny_lm import folder, sums, write_rows
 from transformers import AutoModelForCausalLM
 
@@ -316,3 +316,7 @@ def test_the_gradient_probe_is_logged_and_changes_nothing(run, capsys):
     assert found[0]["cosine"] == pytest.approx(sum(each) / len(each)) and all(0 < c <= 1 for c in each)
     assert "not full" in refused(run, capsys, "--adapter", "full", "--probe_steps", "2")
     assert "less than 1" in refused(run, capsys, "--adapter", "lora", "--probe_steps", "0")
+
+
+def test_compiled_graphs(run, place, monkeypatch):
+    compiles(run, monkeypatch, "--adapter", "nb_lora", "--p", "1", "--delta", "2")

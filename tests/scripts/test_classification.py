@@ -18,7 +18,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
-from script_runs import REPOSITORY, refused
+from script_runs import REPOSITORY, compiles, refused
 from tiny_vit import image_folder, parquet_folder, save_timm
 
 import vislora
@@ -368,3 +368,7 @@ def test_sweeps_hold_settings_of_the_script(script, file, tmp_path):
         options, chosen = script.parse(["--config", str(tmp_path / "cell.yaml")])
         said = {**config.to_dict(options), **chosen.options()}
         assert all(str(said[k]) == str(v) or float(said[k]) == float(v) for k, v in settings.items())
+
+
+def test_compiled_graphs(run, monkeypatch):
+    compiles(run, monkeypatch, "--adapter", "lora", "--eval_steps", "4")

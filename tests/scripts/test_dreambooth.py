@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from script_runs import REPOSITORY, lines, photograph, refused, state
+from script_runs import REPOSITORY, compiles, lines, photograph, refused, state
 
 import vislora
 from vislora.export import CERTIFICATE
@@ -274,3 +274,15 @@ def test_scripts_are_short_and_name_no_method():
         code = text.split('"""', 2)[2]
         for method in vislora.methods():
             assert not re.search(rf"\b{method}\b", code), f"{file.name} names {method}"
+
+
+@pytest.mark.parametrize("flags", [("od_lora",), ("nb_lora", "--p", "1", "--delta_ratio", "0.2")])
+def test_compiled_graphs(run, place, monkeypatch, flags):
+    compiles(run, monkeypatch, "--gradient_checkpointing", "--validation_steps", "2", "--adapter", *flags)
+
+
+def test_compiling_needs_a_compiler(run, place, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(SystemExit):
+        run("--compile", "--output_dir", "out")
+    assert "--compile: needs a C++ compiler" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from script_runs import REPOSITORY, lines, refused, state
+from script_runs import REPOSITORY, compiles, lines, refused, state
 from tiny_lm import folder, write_rows
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -190,3 +190,7 @@ def test_the_gradient_probe_is_logged_and_changes_neither_adapter_nor_head(run):
         plain, probed = (read(Path(place) / "adapter" / file)[0] for place in ("plain", "probed"))
         assert all(torch.equal(t, probed[k]) for k, t in plain.items())
     assert [line["step"] for line in lines("probed") if "cosine" in line] == [1, 2]
+
+
+def test_compiled_graphs(run, place, monkeypatch):
+    compiles(run, monkeypatch, "--adapter", "sorsa")

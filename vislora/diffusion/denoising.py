@@ -14,15 +14,18 @@ from vislora.diffusion.loss import BaseOutput, ClassImages, denoising_loss
 from vislora.diffusion.models import DiffusionModels
 from vislora.diffusion.options import DreamBoothOptions
 from vislora.handle import Handle
+from vislora.training.cores import use_compiler
 from vislora.training.random import generator
 
 
-def checkpoint_activations(options: DreamBoothOptions, models: DiffusionModels) -> None:
-    """Compute activations again in the backward, where --gradient_checkpointing asks for it."""
+def set_computation(options: DreamBoothOptions, models: DiffusionModels) -> None:
+    """Activations computed again in the backward by --gradient_checkpointing, the denoiser's graphs by --compile."""
     if options.gradient_checkpointing:
         models.denoiser.enable_gradient_checkpointing()
         for name in models.family.clip if options.train_text_encoder else ():
             models.parts[name].gradient_checkpointing_enable()
+    if options.compile:
+        use_compiler(models.denoiser)
 
 
 class Denoising:

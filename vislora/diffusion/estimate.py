@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +12,7 @@ from vislora import optim
 from vislora.diffusion import latents as coding
 from vislora.diffusion.conditioning import EmbeddingCache
 from vislora.diffusion.dataset import Batch, ImageSet
-from vislora.diffusion.denoising import Denoising, checkpoint_activations
+from vislora.diffusion.denoising import Denoising, set_computation
 from vislora.diffusion.models import DiffusionModels
 from vislora.diffusion.noise import Noised
 from vislora.diffusion.options import DreamBoothOptions
@@ -94,7 +94,7 @@ def estimate(
         state = optimizer_state(optimizer)
     size = sum(p.nbytes for p in parameters)
     state += size if o.use_ema else 0
-    checkpoint_activations(o, models)
+    set_computation(replace(o, compile=False), models)
     network = accelerator.prepare(models.denoiser)
     encoders = {name: accelerator.prepare(models.parts[name]) for name in trained}
 

@@ -110,6 +110,7 @@ class DreamBoothOptions:
     ema_decay: float = option(0.999, "of the average, a step", group=_TRAIN)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", group=_TRAIN)
     allow_tf32: bool = option(False, "faster float32 products on recent GPUs", group=_TRAIN)
+    compile: bool = option(False, "compute the network that trains in graphs, by torch.compile", group=_TRAIN)
 
     optimizer: Literal["adamw", "adamw8bit", "prodigy", "scaled_adamw", "lora_pro", "alt_lora"] = option(
         "adamw", "8 bits need bitsandbytes, prodigy (which finds its rate; give learning_rate 1) prodigyopt; the last "

@@ -58,7 +58,8 @@ def render(
     images: list[Image.Image] = []
     bar = tqdm(total=len(prompts), desc=progress, disable=progress is None)
     models = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    with bar, evaluating(*models):
+    # A network that trains in compiled graphs would get new ones here, for these batches: minutes for a few images.
+    with bar, evaluating(*models), torch.compiler.set_stance("force_eager"):
         for start in range(0, len(prompts), batch_size):
             chosen = slice(start, start + batch_size)
             latents = pipeline(

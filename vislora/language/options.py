@@ -43,6 +43,8 @@ class TrainOptions:
         None, "of computation; none: accelerate's setting", group=_MODEL
     )
     tf32: bool = option(False, "faster float32 products on recent GPUs", group=_MODEL, aliases=("allow_tf32",))
+    compile: bool = option(False, "compute the model in graphs, by torch.compile", group=_MODEL,
+                           aliases=("torch_compile",))  # fmt: skip
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = option(
         None, "none: transformers' choice", group=_MODEL
     )

@@ -1,10 +1,14 @@
-"""What a script computes with: its device, and how many CPU threads."""
+"""What a script computes with: its device, how many CPU threads, and whether in compiled graphs."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
+import warnings
 
 import torch
+from torch import nn
 
 from vislora.errors import InputError
 
@@ -37,3 +41,20 @@ def require_device(whole_model: bool = False) -> None:
     if there and mine >= there and not _is_set("ACCELERATE_USE_CPU"):
         wrong = f"process {mine + 1} of this machine has no GPU: there are {there}"
         raise InputError("--num_processes", wrong, f"launch {there} a machine, or add --cpu to the launcher's flags")
+
+
+def use_compiler(model: nn.Module) -> None:
+    """From its next call on, compute `model` (a network behind whatever wraps it) in graphs by torch.compile.
+
+    InputError where what writes their kernels is missing: a C++ compiler for a CPU, triton for a GPU.
+    """
+    if next(model.parameters()).device.type == "cpu":
+        if not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+            raise InputError("--compile", "needs a C++ compiler, and there is none", "install g++, or leave it out")
+    elif importlib.util.find_spec("triton") is None:
+        raise InputError("--compile", "needs the package triton", "pip install triton, or leave it out")
+    # Said by dynamo's own look at the updates that hooks on the root hand to the graph behind them, and at the cached
+    # questions for versions in diffusers' checkpointing.
+    for said in ("The .grad attribute of a Tensor that is not a leaf", "Dynamo detected a call to a `functools.lru"):
+        warnings.filterwarnings("ignore", said)
+    model.compile()

@@ -114,6 +114,7 @@ class ClassificationOptions:
     adam_epsilon: float = option(1e-8, "AdamW's", group=_TRAIN)
     max_grad_norm: float = option(1.0, "all gradients together are clipped to this norm", group=_TRAIN)
     allow_tf32: bool = option(False, "faster float32 products on recent GPUs", group=_TRAIN)
+    compile: bool = option(False, "compute the network that trains in graphs, by torch.compile", group=_TRAIN)
     ema_decay: float | None = option(None, "score and keep an average of what trains; 0.999 is usual", group=_TRAIN)
     ema_warmup: bool = option(True, "let early averages forget the start", group=_TRAIN)
     final_model: Literal["last", "best"] = option(
