@@ -16,6 +16,7 @@ from script_runs import lines, refused, state
 import vislora
 from vislora import world
 from vislora.io import LORA_FILE, read
+from vislora.metrics.subjects import of_world as of_the_world
 from vislora.sweep import keep as rule
 
 BEST = ("--adapter", "lora", "--learning_rate", "0.02", "--max_train_steps", "5", "--instance_prompt", "a x dog",
@@ -184,3 +185,11 @@ def test_what_is_missing_is_one_line(run, capsys, of_world, monkeypatch, tmp_pat
         assert "--keep best: vit_small_patch16_224.dino cannot be loaded" in refused(run, capsys, *BEST)
     monkeypatch.setattr(world, "ROOT", tmp_path)
     assert "tiny-dino is needed" in refused(run, capsys, *BEST)
+
+
+def test_the_world_s_run_is_not_judged_by_prompts_that_are_reported():
+    given = world.defaults("dreambooth")
+    own = [p for p in given["validation_prompt"] if "sks" in p and p != given["instance_prompt"]]
+    noun = given["class_prompt"].split()[-1]
+    reported = {template.format(f"sks {noun}") for template in of_the_world()[0].templates}
+    assert len(own) > 1 and not reported & set(own)

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,21 @@ def test_an_interrupted_sweep_goes_on_from_the_checkpoint(sweep):
     assert sweep.run()[1] == 0
     assert [(bool(r.get("wait")), r["resumed"]) for r in sweep.runs()] == [(False, False), (True, False), (True, True)]
     assert set(sweep.table()) == {("first",), ("second",)}
+
+
+def test_a_cell_that_was_cut_while_it_was_scored_is_not_trained_again(sweep, tmp_path):
+    after = tmp_path / "after.py"
+    after.write_text("import sys; sys.exit('no network')")
+    sweep.write(evaluate=[f"{after} --run {{run}}"], collect={"x": "after.json:x"})
+    said, code = sweep.run()
+    assert code == 1 and "no network" in said
+    after.write_text(AFTER)
+    assert sweep.run()[1] == 0 and len(sweep.runs()) == 1
+    assert [row["x"] for row in rows_of(sweep.out / "cells.csv")] == ["4.0"]
+    (cell,) = (sweep.out / "cells").iterdir()
+    shutil.rmtree(cell / "run")
+    (cell / "cell.json").unlink()
+    assert sweep.run()[1] == 0 and len(sweep.runs()) == 2
 
 
 def test_the_tuned_rate_is_chosen_for_each_method_on_other_seeds(sweep):

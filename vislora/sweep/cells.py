@@ -20,7 +20,7 @@ import yaml
 
 from vislora.sweep.plan import Cell, Plan
 
-STATE, LOG = "cell.json", "log.txt"
+STATE, LOG, TRAINED = "cell.json", "log.txt", "trained"
 _GRACE = 20  # seconds a child has to write its checkpoint after SIGTERM
 
 
@@ -77,14 +77,16 @@ def _number(text: str, steps: list[str]) -> float | None:
 
 
 def commands(plan: Plan, place: Place, root: Path) -> list[list[str]]:
-    """The training command (going on from a checkpoint where a cut run left one), then those that evaluate."""
+    """The training command (going on from a checkpoint where a cut run left one), then those that evaluate: these
+    alone where training has come to its end before."""
     train = [sys.executable, str(root / plan.script), "--config", str(place.path / "settings.yaml"),
              "--output_dir", str(place.run)]  # fmt: skip
     checkpoints = place.run / "checkpoints"
     if checkpoints.is_dir() and any(checkpoints.iterdir()):
         train += ["--resume_from_checkpoint", "latest"]
     after = [shlex.split(command.format(run=shlex.quote(str(place.run)))) for command in plan.evaluate]
-    return [train, *([sys.executable, str(root / words[0]), *words[1:]] for words in after)]
+    whole = (place.path / TRAINED).is_file()
+    return [*([] if whole else [train]), *([sys.executable, str(root / words[0]), *words[1:]] for words in after)]
 
 
 class Runner:
@@ -101,7 +103,10 @@ class Runner:
         place.path.mkdir(parents=True, exist_ok=True)
         (place.path / STATE).unlink(missing_ok=True)
         (place.path / "settings.yaml").write_text(yaml.safe_dump(dict(cell.settings), sort_keys=False))
-        if not (place.run / "checkpoints").is_dir():
+        trained = place.path / TRAINED
+        if not place.run.is_dir():
+            trained.unlink(missing_ok=True)  # somebody has taken the run away
+        if not trained.is_file() and not (place.run / "checkpoints").is_dir():
             shutil.rmtree(place.run, ignore_errors=True)  # nothing to go on from
         begun, code = time.monotonic(), 0
         with (place.path / LOG).open("w") as log:
@@ -109,6 +114,7 @@ class Runner:
                 code = self._child(command, log, environment)
                 if code or self.stopped:
                     break
+                trained.touch()  # now, if not before: it is the first command
         if self.stopped:
             return None
         outcome = Outcome(code == 0, time.monotonic() - begun, "" if code == 0 else _last_line(place.path / LOG, code))
