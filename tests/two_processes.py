@@ -35,7 +35,7 @@ CASES = {
     "rslora optimal": {"optimal_gradient": True},
     "adalora": {"init_r": 4, "tinit": 2, "tfinal": 4},
 }
-SHARDED = ("lora", "nb_lora", "dora", "sorsa", "od_lora", "adalora", "full")
+SHARDED = ("lora", "nb_lora", "dora", "sorsa", "od_lora", "adalora", "lora_ga", "lora_sb", "full")
 
 
 def net() -> nn.Module:
@@ -62,11 +62,13 @@ def options(case: str) -> dict:
 def sharded(case: str, ranks: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """An adapter's tensors, deltas and what it saves after STEPS steps; in shards where `ranks` is one of several."""
     torch.manual_seed(0)
-    model, alone = Attending().train(), len(ranks) > 1
+    model, alone, own = Attending().train(), len(ranks) > 1, {}
     if case == "full" and not alone:  # its tensors are the model's own
         shard(model)
     more = {} if case == "full" else {"targets": ["a", "in_proj_weight[q]", "in_proj_weight[v]", "out_proj", "b"]}
-    adapter = attach(model, case, **options(case), **more)
+    if case in ("lora_ga", "lora_sb"):
+        more, own = {"targets": ["a", "b"]}, {"rank": 2}  # by gradients of weights, in shards those of linears alone
+    adapter = attach(model, case, **{**options(case), **own}, **more)
     if case != "full" and not alone:
         shard(model)
     optimizer = torch.optim.SGD(adapter.param_groups(0.05), momentum=0.9)
@@ -147,8 +149,8 @@ def trained(case: str, ranks: tuple[int, ...]) -> dict[str, torch.Tensor]:
 def refusals() -> str:
     """What a model in shards cannot do."""
     told = []
-    model = net()
-    adapter = attach(model, "lora_ga", rank=4)
+    model = Attending().train()
+    adapter = attach(model, "lora_ga", rank=4, targets=["in_proj_weight[q]"])
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     for call in (lambda: adapter.prepare(lambda: model(batch(0, (0,))[0]).sum()), adapter.merge,
                  lambda: attach(model, "lora", rank=2, name="later")):  # fmt: skip

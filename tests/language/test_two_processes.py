@@ -27,7 +27,7 @@ FLAGS = ["--model_name_or_path", "model", "--dataset_name", "rows.jsonl", "--pro
          "--max_length", "128", "--validation_split_percentage", "20", "--cpu_threads", "1", "--adapter", "sorsa",
          "--gradient_accumulation_steps", "2", "--eval_answers", "2", "--max_new_tokens", "4", "--merge",
          "--save_steps", "2"]  # fmt: skip
-LORA, LORA_SB = adapters.get("lora")(), adapters.get("lora_sb")()
+LORA = adapters.get("lora")()
 SHARDS = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what accelerate launch sets for FSDP2
 
 
@@ -82,6 +82,19 @@ def test_two_processes_make_the_steps_of_one(place, how):
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora_sb", "lora_ga", "od_lora"])
+def test_a_start_from_data_is_the_same_in_shards(place, method):
+    """Its bases come from the gradients of all rows, which no process holds alone, of weights that none holds whole."""
+    train(place, f"one_{method}", 1, "--adapter", method)
+    train(place, f"shards_{method}", 2, "--adapter", method, **SHARDS)
+    one, two = (read(place / f"{run}_{method}" / "adapter/adapter.safetensors")[0] for run in ("one", "shards"))
+    assert one.keys() == two.keys() and any(t.abs().max() > 1e-3 for t in one.values())
+    seen = [lines(str(place / f"{run}_{method}")) for run in ("one", "shards")]
+    for a, b in zip(*seen, strict=True):
+        assert all(abs(a[k] - b[k]) < 1e-3 * abs(a[k]) for k in ("loss", "grad_norm", "eval_loss") if k in a)
+
+
 def launched(**more) -> SimpleNamespace:
     """What the scripts ask of accelerate's Accelerator."""
     return SimpleNamespace(**{"num_processes": 2, "distributed_type": DistributedType.MULTI_GPU,
@@ -92,7 +105,7 @@ def launched(**more) -> SimpleNamespace:
     ({"FSDP_VERSION": "1"}, LORA, False, "FSDP 1"),
     ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, LORA, False, "fsdp_cpu_ram_efficient_loading: false"),
     ({"FSDP_OFFLOAD_PARAMS": "true"}, LORA, False, "fsdp_offload_params: false"),
-    ({}, LORA, True, "quantized"), ({}, LORA_SB, False, "gradients of whole weights"),
+    ({}, LORA, True, "quantized"),
     ({}, BASELINES["full"](), False, "base's own weights"),
 ])  # fmt: skip
 def test_what_shards_cannot_do_is_said_before_anything_is_loaded(monkeypatch, environment, method, quantized, wrong):

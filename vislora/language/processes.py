@@ -56,8 +56,6 @@ def require_served(accelerator: Accelerator, method: Any, quantized: bool) -> No
         wrong, remedy = "fp16 is not served under FSDP", "take bf16 or no"
     elif not isinstance(method, Method):
         wrong, remedy = "trains or replaces the base's own weights", "take DDP"
-    elif method.needs_prepare:
-        wrong, remedy = "starts from gradients of whole weights, which FSDP cuts into shards", "take DDP"
     if wrong:
         raise InputError("FSDP", wrong, remedy)
 
