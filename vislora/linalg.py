@@ -5,6 +5,7 @@ orthonormality by 1 %."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -98,6 +99,18 @@ def orthonormal(x: Tensor) -> Tensor:
     Q, R = torch.linalg.qr(precise(x))
     sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q.dtype)
     return Q * sign[..., None, :]
+
+
+def orthonormal_each(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`orthonormal` of every (n, r) in `tensors`. Equal shapes are decomposed in one call: on a GPU by one kernel."""
+    groups: dict[tuple, list[int]] = {}
+    for i, x in enumerate(tensors):
+        groups.setdefault((x.shape, x.dtype, x.device), []).append(i)
+    found = list(tensors)
+    for members in groups.values():
+        for i, Q in zip(members, orthonormal(torch.stack([tensors[i] for i in members])).unbind(), strict=True):
+            found[i] = Q
+    return found
 
 
 def top_svd(

@@ -159,3 +159,11 @@ def test_the_start_needs_an_optimizer():
     adapter = attach(net(), "od_lora", rank=4)
     with pytest.raises(InputError, match="bind"):
         adapter.prepare(lambda: torch.zeros(()))
+
+
+def test_bases_that_are_made_together_are_those_made_one_by_one():
+    g = torch.Generator().manual_seed(3)
+    given = [torch.randn(n, 3, generator=g, dtype=kind) for n, kind in
+             ((9, torch.float32), (7, torch.float32), (9, torch.float64), (9, torch.float32))]  # fmt: skip
+    for one, x in zip(linalg.orthonormal_each(given), given, strict=True):
+        assert one.dtype == x.dtype and torch.equal(one, linalg.orthonormal(x))

@@ -102,8 +102,11 @@ class ODLoRA(Method):
                 assign(part, site, self._rebalanced(U, S, V))
             self._forget(adapter, optimizer)
         elif step > self.init_steps and self.refreshes(step, adapter.total_steps):
-            for part, site, t in each_site(adapter):
-                assign(part, site, self._renewed(t.A.detach().mT, t.B.detach()))
+            sites = list(each_site(adapter))
+            factors = [factor.detach() for *_, t in sites for factor in (t.A.mT, t.B)]
+            bases = linalg.orthonormal_each(factors)
+            for i, (part, site, _) in zip(range(0, len(factors), 2), sites, strict=True):
+                assign(part, site, self._renewed(*factors[i : i + 2], *bases[i : i + 2]))
 
     def refreshes(self, step: int, total: int) -> bool:
         """Whether the bases are renewed after `step` of `total` steps."""
@@ -119,9 +122,8 @@ class ODLoRA(Method):
         root = half.sqrt()
         return {"A": root[:, None] * V.mT, "B": U * root, "Qa": V * root, "Qb": U * root}
 
-    def _renewed(self, At: Tensor, B: Tensor) -> dict[str, Tensor]:
-        """The bases of the present At (n, r) and B (m, r)."""
-        Qa, Qb = linalg.orthonormal(At), linalg.orthonormal(B)
+    def _renewed(self, At: Tensor, B: Tensor, Qa: Tensor, Qb: Tensor) -> dict[str, Tensor]:
+        """What bases Qa (n, r) and Qb (m, r) of the present At (n, r) and B (m, r) make."""
         if self.form == "limited_capacity":
             return {"A": Qa.mT, "B": Qb}
         if self.form == "suboptimal_gradient":  # the column sums are diag(R)
