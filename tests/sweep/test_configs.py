@@ -108,3 +108,41 @@ def test_the_papers_table_is_whole():
     lines = next(picture for picture in plan.pictures if isinstance(picture, Scatter)).lines
     joined = [label for line in lines.values() for label in line]
     assert sorted(joined) == sorted(name for name in plan.methods if name.startswith("nb_lora"))
+
+
+EIGHT = {"none", "full", "lora", "dora", "pissa", "adalora", "vera", "nb_lora"}
+VIT = ["sweeps/figure6", "sweeps/figure7", "sweeps/figure14", "paper/vision/nb_lora_figure6",
+       "paper/vision/nb_lora_figure7", "paper/vision/nb_lora_figure14"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VIT)
+def test_the_figures_of_forgetting_have_eight_methods_and_three_seeds(name):
+    plan = read(ROOT / "configs" / f"{name}.yaml")
+    assert {settings["adapter"] for settings in plan.methods.values()} == EIGHT and len(plan.seeds) == 3
+    kinds = {type(picture).__name__ for picture in plan.pictures}
+    if name.endswith("figure6"):
+        ratios = [s["delta_ratio"] for s in plan.methods.values() if s["adapter"] == "nb_lora"]
+        assert ratios == [0.1, 0.2, 0.4, 0.8, 1.6] and kinds == {"Scatter", "Steps"}
+        return
+    assert kinds == {"Against"} and {picture.setting for picture in plan.pictures} == {f.name for f in plan.factors}
+    length = "num_train_epochs" if "paper" in name else "max_train_steps"
+    assert {f.name for f in plan.factors} == {"learning_rate", "rank", length, "delta_ratio"}
+    # Methods that have no such thing are left out, others are not.
+    left_out = {"delta_ratio": EIGHT - {"nb_lora"}, "rank": {"none", "full"}, "learning_rate": {"none"}, length: set()}
+    for factor in plan.factors:
+        kept = {s["adapter"] for label, s in plan.methods.items() if factor.is_for(label)}
+        assert kept >= EIGHT - left_out[factor.name] - ({"vera", "full"} if "paper" in name else set())
+
+
+@pytest.mark.parametrize("name", ["paper/vision/od_lora_table3", "paper/vision/od_lora_table8_base",
+                                  "paper/vision/od_lora_table8_large", "sweeps/od_lora_vit"])  # fmt: skip
+def test_od_lora_s_tables_have_seven_methods_at_two_ranks(name):
+    plan = read(ROOT / "configs" / f"{name}.yaml")
+    rows = {(s["adapter"], s.get("rank")) for s in plan.methods.values()}
+    adapters = ("lora", "rslora", "lora_plus", "pissa", "dora", "od_lora")
+    assert rows == {("full", None), *((adapter, rank) for adapter in adapters for rank in (8, 32))}
+    for settings in plan.methods.values():  # the product's scale: 2 for LoRA, 4 / sqrt(rank) for the rest
+        if settings["adapter"] in ("lora_plus", "pissa", "dora"):
+            assert settings["alpha"] / settings["rank"] == pytest.approx(4 / settings["rank"] ** 0.5)
+        elif settings["adapter"] != "full":
+            assert settings["alpha"] == (2 * settings["rank"] if settings["adapter"] == "lora" else 4)
