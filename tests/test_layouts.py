@@ -15,7 +15,7 @@ from torch import nn
 import vislora
 from vislora.adapters import get
 from vislora.errors import InputError
-from vislora.export import read_certificate
+from vislora.export import CERTIFICATE, read_certificate
 from vislora.formats import read as read_layers
 from vislora.formats.spectrum import check_certificate, spectrum
 from vislora.io import KOHYA_FILE, LORA_FILE, PEFT_CONFIG, PEFT_FILE, read, write
@@ -266,8 +266,8 @@ def test_what_does_not_fit_is_refused_without_a_trace(case, tmp_path):
 def test_what_a_layout_cannot_hold_is_refused(tmp_path):
     vit = next(host for host in library_hosts() if host.name == "timm_vit").build(0)
     sliced = vislora.attach(vit, "lora", targets="vit-qv", rank=2)
-    with pytest.raises(InputError, match="slices of a fused matrix have no place in the peft layout -> use adapter"):
-        sliced.export(tmp_path, "peft")
+    with pytest.raises(InputError, match="kohya layout has no place for VisionTransformer -> export it as peft"):
+        sliced.export(tmp_path, "kohya")
     with pytest.raises(InputError, match="kohya layout has no place for LlamaForCausalLM -> export it as peft"):
         vislora.attach(llama(), "lora", rank=2).export(tmp_path, "kohya")
     dora = vislora.attach({"unet": unet(), "text_encoder": text_encoder()}, "dora", rank=2)
@@ -287,3 +287,42 @@ def test_an_export_replaces_the_one_before(tmp_path):
         moved(adapter).export(tmp_path, format)
         after = read(tmp_path / name)[0]
         assert after.keys() == before.keys() and not all(torch.equal(after[key], before[key]) for key in after)
+
+
+@pytest.mark.parametrize("method, options", [("lora", {}), ("dora", {}), ("pissa", {}), ("od_lora", {}),
+                                             *(("nb_lora", {"p": p, "delta": 0.5}) for p in (1, 1.5, 2, 3, torch.inf))])
+def test_row_blocks_of_a_fused_matrix_become_one_update_of_it(method, options, tmp_path):
+    """timm's q and v, whose rows stock PEFT and our own reader find in the whole of qkv, at twice the rank."""
+    host = next(host for host in library_hosts() if host.name == "timm_vit")
+    vit = host.build(0)
+    adapter = vislora.attach(vit, method, targets="vit-qv", rank=2, **options)
+    if method == "od_lora":
+        adapter.bind(torch.optim.SGD(adapter.param_groups(0.1)), 5)
+        adapter.prepare(lambda: host.run(vit, 0).square().mean().backward())
+    vit.eval()
+    moved(adapter)
+    with torch.no_grad():
+        wanted = host.run(vit, 0)
+    adapter.export(tmp_path, "peft")
+    deltas = adapter.deltas()
+    adapter.detach()
+    with torch.no_grad():
+        base = host.run(vit, 0)
+        theirs = PeftModel.from_pretrained(copy.deepcopy(vit), tmp_path).eval()
+        assert off([host.run(theirs.base_model.model, 0)], [wanted], [base]) < 1e-4
+        again = vislora.load(vit, tmp_path)
+        assert off([host.run(vit, 0)], [wanted], [base]) < 1e-4
+    assert all(torch.allclose(again.deltas()[name], delta, atol=1e-5) for name, delta in deltas.items())
+    again.detach()
+    file = read_layers(tmp_path)
+    spectra = {layer.name: spectrum(layer, vit.get_submodule(layer.path).weight) for layer in file.layers}
+    verdict = check_certificate(file, spectra, has_base=True)
+    assert verdict.status == "holds", verdict.why
+    stated = json.loads(file.header[CERTIFICATE])
+    assert set(stated["modules"]) == {layer.path for layer in file.layers}
+    assert (stated["largest_share"] is None) == (method != "nb_lora")
+    if method == "nb_lora":
+        p = options["p"]
+        expected = pytest.approx(0.5 * 2 ** (1 / min(p, 2)))
+        assert all(m["bound"] == expected for m in stated["modules"].values())
+        assert 0 < stated["largest_share"] <= 1 + 1e-6

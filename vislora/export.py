@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from . import linalg
 from .adapter import Adapter
 from .errors import InputError, near
 from .formats import Layer, store, written
@@ -21,8 +23,11 @@ from .formats.lora import COMPONENTS, TEXT_ENCODERS, neutral_path
 from .handle import Handle
 from .io import read
 from .measure import certificate
-from .site import qualified
+from .part import Part
+from .site import Site, qualified
 from .squeeze import Squeezed, squeeze
+from .tap import base_weight
+from .update import Update
 
 log = logging.getLogger("vislora")
 # Components by class name, for adapters on a bare module; an encoder with a projection may be SDXL's second or SD3's
@@ -44,7 +49,9 @@ def export(
     format: "diffusers", read by `pipe.load_lora_weights` for SD 1.x, 2.x, XL, 3 and Flux; "kohya", read by ComfyUI,
     A1111 and, but for SD 3, by diffusers; "peft", read by `PeftModel.from_pretrained` for any model, in `folder` or,
     where components have names, in `folder`/<component>.
-    rank: squeeze every update to this rank, if it has a larger one; None loses nothing (see `vislora.squeeze`). DoRA's
+    rank: squeeze every update to this rank, if it has a larger one; None loses nothing (see `vislora.squeeze`). Updates
+    of row blocks (q and v of a fused qkv) are squeezed one by one and become one of the whole matrix, of their ranks'
+    sum, which PEFT's layout alone has a place for. DoRA's
     magnitudes stay beside it in PEFT's layout and in diffusers' of a denoiser; elsewhere the whole change of the weight
     is squeezed, and without a rank it is refused.
     words: entries for the header, such as modelspec.title.
@@ -55,7 +62,8 @@ def export(
     """
     check_exportable(adapter, format, rank)
     squeezed = squeezed_for(adapter, format, rank)
-    header = {**(words or {}), CERTIFICATE: json.dumps(certificate(adapter, squeezed)), **_model_words(adapter, format)}
+    stated = _of_weights(certificate(adapter, squeezed), adapter, squeezed)
+    header = {**(words or {}), CERTIFICATE: json.dumps(stated), **_model_words(adapter, format)}
     layers = _layers(adapter, squeezed, format)
     if format != "peft":
         files = written([layer for own in layers.values() for layer in own], format, header, folder)
@@ -117,15 +125,75 @@ def _layers(adapter: Adapter, squeezed: Squeezed, format: str) -> dict[str, list
     for component, part in adapter.parts.items():
         named = "" if format == "peft" else component_name(component, adapter.roots[component], format)
         layers[component] = []
-        for site in part.sites:
-            update = squeezed.updates[qualified(component, site.name)]
-            up, down = (factor.float().cpu() for factor in update.factors())
-            magnitude = None if update.magnitude is None else update.magnitude.float().cpu()
+        for blocks in _by_weight(component, part, squeezed):
+            site = blocks[0][0]
+            up, down, magnitude = _whole(blocks)
             if len(site.shape) == 4:
                 up, down = up[:, :, None, None], down.reshape(-1, *site.shape[1:])
                 magnitude = None if magnitude is None else magnitude[None, :, None, None]
             layers[component].append(Layer(named, neutral_path(named, site.path), up, down, magnitude=magnitude))
     return layers
+
+
+def _by_weight(component: str, part: Part, squeezed: Squeezed) -> Iterable[list[tuple[Site, Update]]]:
+    """The updates of each weight of a part: one of it all, or one for each block of its rows."""
+    weights: dict[Any, list[tuple[Site, Update]]] = {}
+    for site in part.sites:
+        weights.setdefault(site.key, []).append((site, squeezed.updates[qualified(component, site.name)]))
+    return weights.values()
+
+
+def _of_weights(stated: dict[str, Any], adapter: Adapter, squeezed: Squeezed) -> dict[str, Any]:
+    """A certificate whose entries are of whole weights, as the file's layers are, where updates are of row blocks.
+
+    Blocks with bounds b on their Schatten p-norms make an update of norm (sum b^e)^(1/e) at most, e = min(p, 2): for p
+    up to 2 traces of powers p / 2 of the Gram matrices add up at most, for larger p their Schatten (p / 2)-norms.
+    """
+    modules: dict[str, Any] = stated["modules"]
+    for component, part in adapter.parts.items():
+        for blocks in _by_weight(component, part, squeezed):
+            first = blocks[0][0]
+            if first.rows is None:
+                continue
+            own = [modules.pop(qualified(component, site.name)) for site, _ in blocks]
+            p, bounds = float(own[0]["p"]), [entry["bound"] for entry in own]
+            up, down, magnitude = _whole(blocks)
+            if magnitude is None:
+                values = linalg.product_singular_values(up, down)
+            else:
+                weight = base_weight(*first.key).float().cpu()
+                change = Update(up, down, magnitude=magnitude).with_row_scale(weight).dense(weight)
+                values = torch.linalg.svdvals(change)
+            power = min(p, 2.0)
+            modules[qualified(component, first.path)] = {
+                "p": own[0]["p"], "norm": linalg.schatten(values, p).item(), "spectral": values.max().item(),
+                "bound": None if None in bounds else sum(b**power for b in bounds) ** (1 / power),
+                "lost": max(entry["lost"] for entry in own),
+            }  # fmt: skip
+    shares = [entry["norm"] / entry["bound"] for entry in modules.values() if entry["bound"]]
+    largest = {f"largest_{key}": max((m[key] for m in modules.values()), default=0.0) for key in ("norm", "spectral")}
+    return {**stated, **largest, "largest_share": max(shares) if shares else None}
+
+
+def _whole(blocks: list[tuple[Site, Update]]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """up (m, r), down (r, n) and magnitude (m,) of a whole weight, of the updates of it or of blocks of its rows.
+
+    Blocks stand one below the other in `up` and share no column, so r is the sum of their ranks.
+    """
+    first, update = blocks[0]
+    ups, downs = zip(*((factor.float().cpu() for factor in update.factors()) for _, update in blocks), strict=True)
+    if first.rows is None:
+        return ups[0], downs[0], None if update.magnitude is None else update.magnitude.float().cpu()
+    up, at = torch.zeros(first.shape[0], sum(part.shape[1] for part in ups)), 0
+    for (site, _), part in zip(blocks, ups, strict=True):
+        up[site.rows, at : at + part.shape[1]] = part
+        at += part.shape[1]
+    if update.magnitude is None:
+        return up, torch.cat(downs), None
+    magnitude = torch.linalg.vector_norm(base_weight(*first.key).float().cpu(), dim=1)
+    for site, own in blocks:
+        magnitude[site.rows] = own.magnitude.float().cpu()
+    return up, torch.cat(downs), magnitude
 
 
 def _exact(config: dict[str, Any], root: nn.Module) -> dict[str, Any]:
@@ -169,7 +237,7 @@ def check_exportable(adapter: Adapter, format: str = "diffusers", rank: int | No
         if format != "peft":
             component_name(component, adapter.roots[component], format)
         for site in part.sites:
-            if site.rows is not None:
+            if site.rows is not None and (format != "peft" or site.tensor != "weight"):
                 wrong = f"slices of a fused matrix have no place in the {format} layout"
                 raise InputError("export", wrong, "use adapter.save")
             if site.tensor != "weight" or len(site.shape) not in (2, 4) or getattr(site.module, "groups", 1) > 1:
