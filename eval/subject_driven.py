@@ -103,10 +103,9 @@ class Drawing:
         flow = self.models.family.flow
         side = o.resolution or said.get("resolution") or self.models.resolution
         self.batch_size = o.batch_size or (25 if side <= 256 else 4)
-        self.base = draw.Sampling(
-            model=draw.digest(self.models), adapter="none", scheduler=o.scheduler or ("euler" if flow else "dpm"),
-            steps=o.steps or (10 if setup.of_world else 25), guidance=self.models.guidance, side=side,
-        )  # fmt: skip
+        self.base = draw.Sampling.of(
+            self.models, o.scheduler or ("euler" if flow else "dpm"), o.steps or (10 if setup.of_world else 25), side
+        )
         self.adapter, self.sampling = None, self.base
         if setup.adapter is not None:
             parts = {name: self.models.parts[name] for name in (self.models.family.denoiser, *self.models.family.clip)}

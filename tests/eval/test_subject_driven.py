@@ -135,6 +135,19 @@ def test_drawing_goes_on_where_it_was_cut_off(score, folder, subject_driven, mon
         score("--run", str(folder), "--no_drift", "--steps", "1")  # other images are asked for
 
 
+def test_images_of_another_noise_schedule_are_others(score, folder, tmp_path):
+    plain = score("--run", str(folder))
+    images = folder / "eval" / "images"
+    before = {file.name: file.read_bytes() for file in images.glob("*.png")}
+    run = RunFolder(folder)
+    run.write_config({**run.read_config(), "prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
+    other = score("--run", str(folder))
+    assert all(file.read_bytes() != before[file.name] for file in images.glob("*.png"))
+    assert len(list((tmp_path / "cache" / "base").iterdir())) == 2  # the base's images are not those of the plain run
+    assert other["record"]["schedule"] != plain["record"]["schedule"]
+    assert other["record"]["sequence"] is None
+
+
 def test_every_tool_s_file_draws_the_same(score, folder, adapters, model):
     own = score("--run", str(folder), "--no_drift")["metrics"]
     for form in ("diffusers", "kohya", "peft"):
