@@ -186,6 +186,9 @@ def test_bad_input_is_told_in_one_line(score, folder, noise, model):
         score("--seed", "1")
     with pytest.raises(InputError, match="ofc.*unknown.*one of oft"):
         score("--run", str(folder), "--protocol", "ofc")
+    for flag, name in (("--dino", "b16"), ("--dino", "dinov2_s"), ("--clip", "L14")):
+        with pytest.raises(InputError, match=f"{flag}: {name} is a network of the papers'.*--backbones papers"):
+            score("--run", str(folder), flag, name)
     place = noise("made", [f"00{i}_{k}.png" for i in range(2) for k in range(2)])
     (place / "001_1.png").unlink()
     with pytest.raises(InputError, match=r"made: 0 of 2 prompts have no image, 1 have fewer.*number 1"):
