@@ -104,13 +104,15 @@ def test_a_run_is_drawn_and_scored(score, folder, capsys):
     counts = result["counts"]
     assert (counts["generated"], counts["pairs"], counts["real_pairs"], counts["real_pairs_with_self"]) == (4, 12, 6, 9)
     record = result["record"]
-    assert record["texts"] == {p: p.format("dog") for p in PROMPTS} and record["tokens"] == {"pet": "sks"}
+    assert record["texts"] == {"pet": {p: p.format("dog") for p in PROMPTS}} and record["tokens"] == {"pet": "sks"}
     assert record["steps"] == 2 and record["guidance"] == 2.0 and record["versions"]["torch"] == version("torch")
     assert record["lpips_column"] == "lpips_world" and "tiny-dino" in record["dino"]
+    assert record["clip_activations"] == "GELU"  # tiny-clip's, which is none of OpenAI's
     manifest = json.loads((folder / "eval" / "images" / "manifest.json").read_text())
     assert {image["prompt"] for image in manifest["images"].values()} == {p.format("sks dog") for p in PROMPTS}
     shown = capsys.readouterr().out
     assert "lpips_world_real" in shown and "dreambooth" in shown and "4 images of 2 prompts, 1 subjects" in shown
+    assert "with self-pairs" not in shown and "[" not in next(line for line in shown.splitlines() if "real im" in line)
 
     # Images of the same run in folders give the same numbers.
     again = score("--generated", str(folder), "--real", "pet", "--output_dir", "again")

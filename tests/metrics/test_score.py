@@ -97,6 +97,32 @@ def test_the_papers_counts(by_hand):
     assert plain["real"]["exclude_self"]["lpips_real"] == pytest.approx(np.mean(reals), abs=1e-12)
     low, high = plain["intervals"]["dino"]
     assert low < plain["metrics"]["dino"] < high
+    for how in ("exclude_self", "include_self"):
+        for name, value in plain["real"][how].items():
+            low, high = plain["real_intervals"][how][name]
+            assert low < value < high, (how, name)
+    rng, own = np.random.default_rng(1), [[v(a) @ v(b) for a in s.real for b in s.real if a is not b] for s in subjects]
+    means = [np.mean(np.concatenate([own[i] for i in rng.integers(0, 30, 30)])) for _ in range(2000)]
+    low, high = np.quantile(means, [0.025, 0.975])  # subjects are drawn, whose photos stay together
+    assert plain["real_intervals"]["exclude_self"]["dino"] == pytest.approx([low, high], abs=0.15 * (high - low))
+
+
+def test_the_record_has_every_subject_s_texts(by_hand):
+    def subject(name: str, noun: str, prompts: list[str]) -> Scored:
+        groups = [Group(p, p.format(noun), [by_hand.picture(f"{name} {p}")]) for p in prompts]
+        return Scored(name, [by_hand.picture(f"{name} 0"), by_hand.picture(f"{name} 1")], groups)
+
+    def of(*prompts: list[str]) -> dict:
+        subjects = [subject(*pair, own) for pair, own in zip((("rex", "dog"), ("tin", "can")), prompts, strict=True)]
+        return Scorer(subjects, by_hand.networks, by_hand.cache).result(PROTOCOLS["oft"])
+
+    same = of(["a {} here", "a red {}"], ["a {} here", "a red {}"])
+    assert same["record"]["texts"] == {"rex": {"a {} here": "a dog here", "a red {}": "a red dog"},
+                                       "tin": {"a {} here": "a can here", "a red {}": "a red can"}}  # fmt: skip
+    # As google/dreambooth's lists for objects and for what is alive: as long as one another, only some prompts shared.
+    assert same["counts"]["prompts"] == of(["a {} here", "a red {}"], ["a {} here", "a {} in a box"])["counts"]["prompts"]
+    assert same["counts"]["prompts"] == 2
+    assert of(["a {} here", "a red {}"], ["a {} here"])["counts"]["prompts"] == "1-2"
 
 
 def test_compat_takes_four_images_and_no_black_ones(by_hand):

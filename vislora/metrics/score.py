@@ -200,7 +200,7 @@ class Scorer:
         return features.matrix(pictures, backbone, self.cache)
 
     def result(self, protocol: Protocol) -> dict:
-        """Metrics, intervals, the real rows, what they are by subject and by prompt, counts and the record; plain."""
+        """Metrics and the real rows with intervals, metrics by subject and by prompt, counts and the record; plain."""
         found, real = self.cells(protocol)
         way = protocol.reduction
         metrics = {name: cells.mean(way) for name, cells in found.items()}
@@ -215,18 +215,24 @@ class Scorer:
             "metrics": metrics,
             "intervals": {name: cells.interval(way, self.resamples) for name, cells in found.items()},
             "real": {how: {name: cells.mean(way) for name, cells in row.items()} for how, row in real.items()},
+            "real_intervals": {
+                how: {name: cells.interval(way, self.resamples) for name, cells in row.items()}
+                for how, row in real.items()
+            },
             "counts": self.counts(found, real),
             "record": self.record(protocol),
             "per_subject": by[0],
             "per_prompt": by[1],
         }
 
-    def counts(self, found: dict[str, Cells], real: dict[str, dict[str, Cells]]) -> dict[str, int]:
-        """How many subjects, images and pairs there were. `black`: all-black images, counted before any is left out."""
+    def counts(self, found: dict[str, Cells], real: dict[str, dict[str, Cells]]) -> dict[str, int | str]:
+        """How many subjects, images and pairs there were. `prompts`: of each subject, "least-most" where they differ;
+        `black`: all-black images, counted before any is left out."""
         drawn = [p for s in self.subjects for g in s.groups for p in g.pictures]
+        prompts = sorted(len(s.groups) for s in self.subjects)
         return {
             "subjects": len(self.subjects),
-            "prompts": len({g.prompt for s in self.subjects for g in s.groups}),
+            "prompts": prompts[0] if prompts[0] == prompts[-1] else f"{prompts[0]}-{prompts[-1]}",
             "generated": len(drawn),
             "real": sum(len(s.real) for s in self.subjects),
             "pairs": found["dino"].count,
@@ -244,6 +250,7 @@ class Scorer:
             "dino": dino.identifier,
             "dino_transform": dino.transform.name,
             "clip": clip.identifier,
+            "clip_activations": clip.activations,
             "clip_transform": clip.transform.name,
             "lpips": self.networks.perceptual.identifier,
             "lpips_column": "lpips_world" if world else "lpips",
@@ -253,7 +260,7 @@ class Scorer:
             "clip_t_scale": protocol.clip_t_scale,
             "clip_t_floor": protocol.clip_t_floor,
             "pairs": "first photo" if protocol.first_real else "all photos",
-            "texts": {g.prompt: g.text for g in self.subjects[0].groups},
+            "texts": {s.name: {g.prompt: g.text for g in s.groups} for s in self.subjects},
             "intervals": f"95 % percentile bootstrap over subjects, then prompts, {self.resamples} resamples",
             "precision": "float32, sums in float64",
             "versions": {name: version(name) for name in PACKAGES},
