@@ -25,7 +25,7 @@ WIDTH = 12
 class Eyes:
     """In place of a backbone: features are in the cache already, texts are directions."""
 
-    identifier = view = "eyes"
+    identifier = view = activations = "eyes"
     transform = SimpleNamespace(name="none")
 
     def texts(self, texts):
