@@ -16,7 +16,6 @@ from vislora.errors import InputError
 from vislora.metrics import backbones
 from vislora.metrics.transforms import IMAGENET, OPENAI
 
-
 TOWERS = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16},

@@ -119,9 +119,9 @@ def test_the_record_has_every_subject_s_texts(by_hand):
     same = of(["a {} here", "a red {}"], ["a {} here", "a red {}"])
     assert same["record"]["texts"] == {"rex": {"a {} here": "a dog here", "a red {}": "a red dog"},
                                        "tin": {"a {} here": "a can here", "a red {}": "a red can"}}  # fmt: skip
-    # As google/dreambooth's lists for objects and for what is alive: as long as one another, only some prompts shared.
-    assert same["counts"]["prompts"] == of(["a {} here", "a red {}"], ["a {} here", "a {} in a box"])["counts"]["prompts"]
-    assert same["counts"]["prompts"] == 2
+    # As google/dreambooth's lists for objects and for what is alive: equally long, and only some prompts are in both.
+    mixed = of(["a {} here", "a red {}"], ["a {} here", "a {} in a box"])
+    assert same["counts"]["prompts"] == mixed["counts"]["prompts"] == 2
     assert of(["a {} here", "a red {}"], ["a {} here"])["counts"]["prompts"] == "1-2"
 
 
@@ -200,6 +200,7 @@ def test_batches_order_and_processes_change_nothing(noise, small_world, tmp_path
     parts = []
     for rank in range(2):
         embed(pictures, list(networks.made.values()), Cache(None), 4, (rank, 2), lambda f: parts.append(f) or f)
+    parts = parts[1::2]  # after what is lacking
     assert len(parts[0]) + len(parts[1]) == 22 and not parts[0].keys() & parts[1].keys()
     scored(4, pictures, cache=Cache(tmp_path / "c"))
     kept = scored(4, pictures, cache=Cache(tmp_path / "c"), part=(7, 8))  # a process without a share of the work

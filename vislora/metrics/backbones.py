@@ -129,7 +129,7 @@ def clip(name: str, source: str = WORLD, device: torch.device | str = "cpu") -> 
         side = side if isinstance(side, int) else side[0]
         transform = Transform(side, "bicubic", side, tuple(config["mean"]), tuple(config["std"]))
         identifier = "world/tiny-clip" if name in CLIP else str(folder)
-        if "openai" in "/".join(folder.resolve().parts[-3:]).lower():  # as the hub names it, its cache two folders above
+        if "openai" in "/".join(folder.resolve().parts[-3:]).lower():  # the hub's name, two above in its cache
             require_quickgelu(network, identifier)
         return Backbone("clip", identifier, network.to(device), transform, open_clip.get_tokenizer(where))
     identifier = CLIP.get(name, name)
@@ -151,7 +151,8 @@ def require_quickgelu(network: nn.Module, identifier: str) -> None:
     kinds = _gelus(network)
     if kinds != ["QuickGELU"]:
         wrong = f"{identifier} has {' and '.join(kinds) or 'no'} activations, OpenAI's weights need QuickGELU"
-        raise InputError("--clip", wrong, f"take {' or '.join(CLIP.values())}, or set quick_gelu in the folder's config")
+        remedy = f"take {' or '.join(CLIP.values())}, or set quick_gelu in the folder's open_clip_config.json"
+        raise InputError("--clip", wrong, remedy)
 
 
 def _gelus(network: nn.Module) -> list[str]:
