@@ -207,6 +207,50 @@ def test_bad_input_is_told_in_one_line(score, folder, noise, model):
 
 
 
+def test_real_is_a_folder_of_subjects_folders_with_a_run_too(score, folder, noise, capsys):
+    for seed, name in enumerate(("rex", "bello", "empty")):
+        noise(f"pets/{name}", [f"{i}.png" for i in range(3)] if name != "empty" else [], seed)
+    flags = ["--run", str(folder), "--real", "pets", "--no_drift", "--images", "1"]
+    result = score(*flags, "--subjects", "rex", "bello", "--include_self", "--output_dir", "both")
+    assert set(result["per_subject"]) == {"rex", "bello"} and result["counts"]["real"] == 6
+    assert result["record"]["texts"]["rex"] == {p: p.format("dog") for p in PROMPTS}
+    lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    for label, how in (("real images, dino", "exclude_self"), ("real images, dino with self-pairs", "include_self")):
+        value, (low, high) = result["real"][how]["dino"], result["real_intervals"][how]["dino"]
+        assert low <= value <= high and f"{value:.4f} [{low:.4f}, {high:.4f}]" in lines[label]
+    alone = score(*flags, "--subjects", "bello", "--output_dir", "alone")
+    assert alone["counts"]["subjects"] == 1 and alone["real_intervals"]["exclude_self"]["dino"] is None
+    with pytest.raises(InputError, match=r"'bela' is no subject here.*did you mean bello"):
+        score(*flags, "--subjects", "bela")
+    with pytest.raises(InputError, match=r"empty: holds no image"):
+        score(*flags)
+
+
+def test_images_that_the_manifest_does_not_name_are_passed_over(score, folder, noise, caplog):
+    """Of four images a prompt of one adapter, the first two drawn again by another, which wrote the manifest."""
+    own = score("--run", str(folder), "--no_drift")
+    noise("run/eval/images", [f"00{i}_{k}.png" for i in range(2) for k in (2, 3)])
+    flags = ["--generated", str(folder), "--real", "pet", "--output_dir", "again"]
+    again = score(*flags)
+    assert again["counts"]["generated"] == 4
+    assert again["metrics"]["dino"] == pytest.approx(own["metrics"]["dino"], abs=1e-12)
+    assert "4 images that manifest.json does not name passed over: 000_2.png, 000_3.png" in caplog.text
+    (folder / "eval" / "images" / "001_0.png").unlink()
+    with pytest.raises(InputError, match=r"manifest.json: names 1 images that are not there: 001_0.png"):
+        score(*flags)
+
+
+def test_prompts_without_a_class_noun_are_told(score, folder, noise, caplog):
+    noise("made", [f"00{i}_{k}.png" for i in range(2) for k in range(2)])
+    flags = ["--generated", "made", "--real", "pet"]
+    assert score(*flags)["metrics"]["clip_t"] is None
+    assert "CLIP-T is left out -> give --class_noun" in caplog.text
+    caplog.clear()
+    result = score(*flags, "--class_noun", "dog")
+    assert result["metrics"]["clip_t"] is not None and "CLIP-T" not in caplog.text
+    assert result["record"]["texts"] == {"pet": {p: p.format("dog") for p in PROMPTS}}
+
+
 @pytest.mark.slow
 def test_two_processes_give_one_s_result(score, folder, tmp_path):
     dino = tiny_dino(tmp_path / "dino")
