@@ -96,6 +96,18 @@ def test_the_world_s_networks(small_world):
     assert torch.equal(red, other)
 
 
+def test_offline_the_papers_networks_say_their_file_and_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    said = r"put DIR/{0}.safetensors, from the hub's {1}, and give --backbones DIR"
+    dino = "vit_small_patch16_224.dino"
+    with pytest.raises(InputError, match=f"{dino}: cannot be loaded.*{said.format(dino, 'timm/' + dino)}"):
+        backbones.dino("s16", "full", backbones.PAPERS)
+    clip = "ViT-B-32-quickgelu"
+    hub = "timm/vit_base_patch32_clip_224.openai"
+    with pytest.raises(InputError, match=f"{clip}: cannot be loaded.*{said.format(clip, hub)}"):
+        backbones.clip("B32", backbones.PAPERS)
+
+
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(world, "ROOT", tmp_path)
     with pytest.raises(InputError, match=r"tiny-dino/model.safetensors: is not there.*--backbones papers"):

@@ -1,14 +1,16 @@
-"""LPIPS as distances between vectors, against lpips itself and, where heads are, torchmetrics' formula by hand."""
+"""LPIPS as distances between vectors, against lpips itself."""
 
 from __future__ import annotations
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
+from urllib.error import URLError
 
 import lpips
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from vislora.errors import InputError
 from vislora.metrics import backbones
@@ -17,6 +19,8 @@ from vislora.metrics.features import compare, embed, matrix
 from vislora.metrics.perceptual import Perceptual, distances, perceptual
 from vislora.metrics.pictures import examine, listing
 from vislora.metrics.transforms import Transform
+
+FILE = "alexnet-owt-7be5be79.pth"
 
 
 @pytest.mark.parametrize(("net", "heads"), [("alex", True), ("squeeze", True), ("squeeze", False)])
@@ -103,8 +107,24 @@ def test_processes_whose_caches_differ_still_see_everything(noise, small_world):
 
 
 def test_a_missing_trunk_says_what_belongs_where(tmp_path):
-    with pytest.raises(InputError, match=r"alexnet.safetensors.*no such file.*torchvision's alexnet"):
+    with pytest.raises(InputError, match=rf"alexnet.safetensors: no such file.*torchvision's {FILE}"):
         perceptual(str(tmp_path))
     (tmp_path / "alexnet.safetensors").write_bytes(b"no tensors")
     with pytest.raises(InputError, match="is no trunk for LPIPS"):
         perceptual(str(tmp_path))
+
+
+def test_offline_the_papers_trunk_is_torchvision_s_file_in_its_cache(trunk, tmp_path, monkeypatch):
+    def unreachable(*args, **options):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    found = perceptual("papers")
+    assert found.identifier == "lpips 0.1 alex" and found.transform.name.startswith("full512_bilinear")
+    state = {name: tensor for name, tensor in torch.load(trunk / FILE).items() if name.startswith("features")}
+    assert torch.equal(found.network.net.slice1[0].weight, state["features.0.weight"])
+    save_file(state, tmp_path / "alexnet.safetensors")
+    assert perceptual(str(tmp_path)).view == found.view
+    (trunk / FILE).unlink()
+    with pytest.raises(InputError, match=rf"^{FILE}: .*no network.* -> put it into {trunk}, or .*alexnet.safetensors"):
+        perceptual("papers")
