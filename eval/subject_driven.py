@@ -202,11 +202,13 @@ def table(results: list[dict], include_self: bool) -> str:
             cells = [_shown(result["real"][how][metric], result["real_intervals"][how][metric]) for result in results]
             rows.append([f"real images, {shown}" + (" with self-pairs" if how == "include_self" else ""), *cells])
     counts = results[0]["counts"]
-    black = f"; {counts['black']} ARE ALL BLACK" if counts["black"] else ""
-    rows.append([f"{counts['generated']} images of {counts['prompts']} prompts, {counts['subjects']} subjects{black}"])
-    widths = [max(len(row[i]) for row in rows[:-1]) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
-                     for row in rows)  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.append(f"{counts['generated']} images of {counts['prompts']} prompts, {counts['subjects']} subjects")
+    if black := results[0]["black_files"]:
+        said = f"{counts['black']} images, {counts['black_real']} photos, {counts['black_drift']} images for drift"
+        lines.append(f"ALL BLACK: {said}: {', '.join(black[:5])}{', …' if len(black) > 5 else ''}")
+    return "\n".join(lines)
 
 
 def _shown(value: float | None, interval: list[float] | None) -> str:

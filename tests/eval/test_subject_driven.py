@@ -16,6 +16,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from diffusers import UNet2DConditionModel
 from metric_world import tiny_dino
+from PIL import Image
 from tiny_sd import tiny_sd
 
 import vislora
@@ -112,7 +113,8 @@ def test_a_run_is_drawn_and_scored(score, folder, capsys):
     assert {image["prompt"] for image in manifest["images"].values()} == {p.format("sks dog") for p in PROMPTS}
     shown = capsys.readouterr().out
     assert "lpips_world_real" in shown and "dreambooth" in shown and "4 images of 2 prompts, 1 subjects" in shown
-    assert "with self-pairs" not in shown and "[" not in next(line for line in shown.splitlines() if "real im" in line)
+    assert "ALL BLACK" not in shown and "with self-pairs" not in shown
+    assert "[" not in next(line for line in shown.splitlines() if "real im" in line)
 
     # Images of the same run in folders give the same numbers.
     again = score("--generated", str(folder), "--real", "pet", "--output_dir", "again")
@@ -238,6 +240,42 @@ def test_images_that_the_manifest_does_not_name_are_passed_over(score, folder, n
     (folder / "eval" / "images" / "001_0.png").unlink()
     with pytest.raises(InputError, match=r"manifest.json: names 1 images that are not there: 001_0.png"):
         score(*flags)
+
+
+def test_all_black_images_are_counted_and_named(score, folder, noise, capsys):
+    made = noise("made", [f"00{i}_{k}.png" for i in range(2) for k in range(4)])
+    for file in ("made/000_1.png", "made/001_2.png", "pet/2.png"):
+        Image.new("RGB", (64, 64)).save(file)
+    flags = ["--generated", str(made), "--real", "pet", "--class_noun", "dog"]
+    result = score(*flags)
+    assert (result["counts"]["black"], result["counts"]["black_real"], result["counts"]["pairs"]) == (2, 1, 24)
+    files = [str(made / "000_1.png"), str(made / "001_2.png"), "pet/2.png"]
+    assert result["black_files"] == files
+    line = f"ALL BLACK: 2 images, 1 photos, 0 images for drift: {', '.join(files)}"
+    assert line in capsys.readouterr().out.splitlines()
+
+
+def test_compat_and_texts_through_the_command(score, folder, noise, capsys):
+    """OFT's defects, on names that end alike, five images a prompt and a black one; and what CLIP-T is told."""
+    for seed, name in enumerate(("dog", "backpack_dog")):
+        noise(f"pets/{name}", ["0.png", "1.png"], seed)
+        noise(f"made/{name}", [f"00{i}_{k}.png" for i in range(2) for k in range(5)], 7 + seed)
+    Image.new("RGB", (64, 64)).save("made/dog/000_1.png")
+    flags = ["--generated", "made", "--real", "pets", "--class_noun", "dog"]
+    plain = score(*flags)
+    assert plain["compat"] is False and plain["counts"]["pairs"] == 2 * 10 * 2
+    assert plain["record"]["texts"]["dog"] == {p: p.format("dog") for p in PROMPTS}
+    assert "with self-pairs" not in capsys.readouterr().out
+    compat = score(*flags, "--compat", "--include_self", "--clip_t_text", "class")
+    shown = capsys.readouterr().out
+    assert "oft compat" in shown and shown.count("with self-pairs") == 3
+    dog, backpack = 2 * (7 + 8), 2 * 8  # photos times images: of both folders; four a prompt, less the black one
+    assert compat["compat"] is True and compat["counts"]["pairs"] == dog + backpack
+    assert compat["record"]["texts"]["dog"] == dict.fromkeys(PROMPTS, "a photo of a dog")
+    told = score(*flags, "--clip_t_text", "with_token")
+    assert told["record"]["texts"]["backpack_dog"] == {p: p.format("sks dog") for p in PROMPTS}
+    assert len({r["metrics"]["clip_t"] for r in (plain, compat, told)}) == 3
+    assert {r["record"]["clip_t_text"] for r in (plain, compat, told)} == {"without_token", "class", "with_token"}
 
 
 def test_prompts_without_a_class_noun_are_told(score, folder, noise, caplog):

@@ -72,6 +72,7 @@ def test_the_papers_counts(by_hand):
     plain = Scorer(subjects, by_hand.networks, by_hand.cache).result(PROTOCOLS["oft"])
     assert plain["counts"] == {
         "subjects": 30, "prompts": 25, "generated": 3000, "real": 158, "pairs": 15_800, "black": 0,
+        "black_real": 0, "black_drift": 0,
         "pairs_within_a_prompt": 30 * 25 * 6, "real_pairs": 684, "real_pairs_with_self": 842,
     }  # fmt: skip
     compat = Scorer(subjects, by_hand.networks, by_hand.cache, compat=True).result(PROTOCOLS["oft"])
@@ -131,7 +132,9 @@ def test_compat_takes_four_images_and_no_black_ones(by_hand):
     plain = Scorer([subject], by_hand.networks, by_hand.cache).result(PROTOCOLS["oft"])
     compat = Scorer([subject], by_hand.networks, by_hand.cache, compat=True).result(PROTOCOLS["oft"])
     assert (plain["counts"]["pairs"], compat["counts"]["pairs"]) == (16, 3)  # 0, 2, 3 against the one photo with light
-    assert plain["counts"]["black"] == compat["counts"]["black"] == 1
+    for result in (plain, compat):
+        assert (result["counts"]["black"], result["counts"]["black_real"]) == (1, 1)
+        assert result["black_files"] == ["1.png", "dark"]
     v = by_hand.vector
     mean = np.mean([v(pictures[k]) @ v(subject.real[0]) for k in (0, 2, 3)])
     assert compat["metrics"]["dino"] == pytest.approx(mean, abs=1e-12)
@@ -159,11 +162,13 @@ def test_pres_and_drift(by_hand):
     names = "abcd"
     subject = Scored(
         "s", [picture("r0"), picture("r1")], [Group("p", None, [picture("g")])],
-        [Group("a class", None, [picture(n) for n in names])],
-        [Compared("u", "unrelated", [picture("x"), picture("y")], [picture("x0"), picture("y0")]),
-         Compared("c", "class", [picture("z")], [picture("z0")])],
+        [Group("a class", None, [picture(n, n == "d") for n in names])],
+        [Compared("u", "unrelated", [picture("x"), picture("y", True)], [picture("x0"), picture("y0")]),
+         Compared("c", "class", [picture("z")], [picture("z0", True)])],
     )  # fmt: skip
-    found = Scorer([subject], by_hand.networks, by_hand.cache).result(PROTOCOLS["oft"])["metrics"]
+    result = Scorer([subject], by_hand.networks, by_hand.cache).result(PROTOCOLS["oft"])
+    assert result["counts"]["black_drift"] == 3 and sorted(result["black_files"]) == ["d", "y", "z0"]
+    found = result["metrics"]
     pres = np.mean([v(picture(n)) @ v(r) for n in names for r in subject.real])
     off = [1 - v(picture(n)) @ v(picture(n + "0")) for n in "xyz"]
     assert found["pres"] == pytest.approx(pres, abs=1e-12)

@@ -220,6 +220,7 @@ class Scorer:
                 for how, row in real.items()
             },
             "counts": self.counts(found, real),
+            "black_files": [str(p.path) for own in self._pictures().values() for p in own if p.black],
             "record": self.record(protocol),
             "per_subject": by[0],
             "per_prompt": by[1],
@@ -227,19 +228,30 @@ class Scorer:
 
     def counts(self, found: dict[str, Cells], real: dict[str, dict[str, Cells]]) -> dict[str, int | str]:
         """How many subjects, images and pairs there were. `prompts`: of each subject, "least-most" where they differ;
-        `black`: all-black images, counted before any is left out."""
-        drawn = [p for s in self.subjects for g in s.groups for p in g.pictures]
+        `black`: all-black generated images, counted before any is left out, `black_real` and `black_drift` photos and
+        images of class and unrelated prompts, the base's too."""
+        kinds = self._pictures()
         prompts = sorted(len(s.groups) for s in self.subjects)
         return {
             "subjects": len(self.subjects),
             "prompts": prompts[0] if prompts[0] == prompts[-1] else f"{prompts[0]}-{prompts[-1]}",
-            "generated": len(drawn),
-            "real": sum(len(s.real) for s in self.subjects),
+            "generated": len(kinds["black"]),
+            "real": len(kinds["black_real"]),
             "pairs": found["dino"].count,
             "pairs_within_a_prompt": found["lpips_div"].count,
             "real_pairs": real["exclude_self"]["dino"].count,
             "real_pairs_with_self": real["include_self"]["dino"].count,
-            "black": sum(p.black for p in drawn),
+            **{name: sum(p.black for p in pictures) for name, pictures in kinds.items()},
+        }
+
+    def _pictures(self) -> dict[str, list[Picture]]:
+        """{name of `counts`: the pictures among which it counts the black ones}."""
+        forgotten = [p for s in self.subjects for c in s.drift for p in (*c.adapted, *c.base)]
+        forgotten += [p for s in self.subjects for g in s.classes for p in g.pictures]
+        return {
+            "black": [p for s in self.subjects for g in s.groups for p in g.pictures],
+            "black_real": [p for s in self.subjects for p in s.real],
+            "black_drift": list({p.path: p for p in forgotten}.values()),  # the base's are all subjects'
         }
 
     def record(self, protocol: Protocol) -> dict:
