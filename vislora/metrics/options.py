@@ -82,7 +82,10 @@ class ScoreOptions:
     clip_t_text: Literal["without_token", "with_token", "class"] = option(
         "without_token", "what CLIP-T compares an image with: its prompt, or the class alone", group=_SCORE
     )
-    drift: bool = option(True, "draw unrelated and class prompts too, for drift and PRES", group=_SCORE)
+    drift: bool = option(
+        True, "draw unrelated and class prompts too, for drift and PRES; drift_denoising is by this --seed, not the "
+        "number that a run logs by its own", group=_SCORE,
+    )  # fmt: skip
     drift_images: int = option(2, "for each of those prompts", group=_SCORE)
     resamples: int = option(1000, "of the bootstrap", group=_SCORE)
 
