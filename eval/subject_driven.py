@@ -103,10 +103,9 @@ class Drawing:
         flow = self.models.family.flow
         side = o.resolution or said.get("resolution") or self.models.resolution
         self.batch_size = o.batch_size or (25 if side <= 256 else 4)
-        self.base = draw.Sampling(
-            model=draw.digest(self.models), adapter="none", scheduler=o.scheduler or ("euler" if flow else "dpm"),
-            steps=o.steps or (10 if setup.of_world else 25), guidance=self.models.guidance, side=side,
-        )  # fmt: skip
+        self.base = draw.Sampling.of(
+            self.models, o.scheduler or ("euler" if flow else "dpm"), o.steps or (10 if setup.of_world else 25), side
+        )
         self.adapter, self.sampling = None, self.base
         if setup.adapter is not None:
             parts = {name: self.models.parts[name] for name in (self.models.family.denoiser, *self.models.family.clip)}
@@ -195,23 +194,27 @@ def table(results: list[dict], include_self: bool) -> str:
     column = results[0]["record"]["lpips_column"]
     rows = [["metric", *(result["protocol"] + (" compat" if result["compat"] else "") for result in results)]]
     for metric in (m for m in _COLUMNS if results[0]["metrics"].get(m) is not None):
-        cells = []
-        for result in results:
-            value, interval = result["metrics"][metric], result["intervals"][metric]
-            cells.append(f"{value:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""))
+        cells = [_shown(result["metrics"][metric], result["intervals"][metric]) for result in results]
         rows.append([column + name[metric] if metric in name else metric, *cells])
     for how in ("exclude_self", "include_self")[: 1 + include_self]:
         for metric in ("dino", "clip_i", "lpips_real"):
             shown = column if metric == "lpips_real" else metric
-            values = [result["real"][how][metric] for result in results]
-            label = f"real images, {shown}" + (" with self-pairs" if how == "include_self" else "")
-            rows.append([label, *("-" if value is None else f"{value:.4f}" for value in values)])
+            cells = [_shown(result["real"][how][metric], result["real_intervals"][how][metric]) for result in results]
+            rows.append([f"real images, {shown}" + (" with self-pairs" if how == "include_self" else ""), *cells])
     counts = results[0]["counts"]
-    black = f"; {counts['black']} ARE ALL BLACK" if counts["black"] else ""
-    rows.append([f"{counts['generated']} images of {counts['prompts']} prompts, {counts['subjects']} subjects{black}"])
-    widths = [max(len(row[i]) for row in rows[:-1]) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
-                     for row in rows)  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.append(f"{counts['generated']} images of {counts['prompts']} prompts, {counts['subjects']} subjects")
+    if black := results[0]["black_files"]:
+        said = f"{counts['black']} images, {counts['black_real']} photos, {counts['black_drift']} images for drift"
+        lines.append(f"ALL BLACK: {said}: {', '.join(black[:5])}{', …' if len(black) > 5 else ''}")
+    return "\n".join(lines)
+
+
+def _shown(value: float | None, interval: list[float] | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
 
 
 def _write(file: Path, result: dict) -> None:

@@ -11,6 +11,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torchvision.models import alexnet
 
 from vislora import world
 
@@ -61,3 +62,19 @@ def noise(tmp_path):
         return place
 
     return make
+
+
+@pytest.fixture
+def trunk(tmp_path, monkeypatch):
+    """The folder of torchvision's cache, with a random AlexNet as its file."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    place = tmp_path / "torch" / "hub" / "checkpoints"
+    place.mkdir(parents=True)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in alexnet(weights=None).state_dict().items()}
+    g, state = torch.Generator().manual_seed(0), {}
+    for name, shape in shapes.items():  # the classifier is unused, and large
+        own = name.startswith("features")
+        state[name] = 0.05 * torch.randn(shape, generator=g) if own else torch.zeros(1).expand(shape)
+    torch.save(state, place / "alexnet-owt-7be5be79.pth")
+    return place

@@ -16,6 +16,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from diffusers import UNet2DConditionModel
 from metric_world import tiny_dino
+from PIL import Image
 from tiny_sd import tiny_sd
 
 import vislora
@@ -104,13 +105,16 @@ def test_a_run_is_drawn_and_scored(score, folder, capsys):
     counts = result["counts"]
     assert (counts["generated"], counts["pairs"], counts["real_pairs"], counts["real_pairs_with_self"]) == (4, 12, 6, 9)
     record = result["record"]
-    assert record["texts"] == {p: p.format("dog") for p in PROMPTS} and record["tokens"] == {"pet": "sks"}
+    assert record["texts"] == {"pet": {p: p.format("dog") for p in PROMPTS}} and record["tokens"] == {"pet": "sks"}
     assert record["steps"] == 2 and record["guidance"] == 2.0 and record["versions"]["torch"] == version("torch")
     assert record["lpips_column"] == "lpips_world" and "tiny-dino" in record["dino"]
+    assert record["clip_activations"] == "GELU"  # tiny-clip's, which is none of OpenAI's
     manifest = json.loads((folder / "eval" / "images" / "manifest.json").read_text())
     assert {image["prompt"] for image in manifest["images"].values()} == {p.format("sks dog") for p in PROMPTS}
     shown = capsys.readouterr().out
     assert "lpips_world_real" in shown and "dreambooth" in shown and "4 images of 2 prompts, 1 subjects" in shown
+    assert "ALL BLACK" not in shown and "with self-pairs" not in shown
+    assert "[" not in next(line for line in shown.splitlines() if "real im" in line)
 
     # Images of the same run in folders give the same numbers.
     again = score("--generated", str(folder), "--real", "pet", "--output_dir", "again")
@@ -133,6 +137,19 @@ def test_drawing_goes_on_where_it_was_cut_off(score, folder, subject_driven, mon
     assert score("--run", str(folder), "--no_drift")["metrics"] == first["metrics"]
     with pytest.raises(TypeError):
         score("--run", str(folder), "--no_drift", "--steps", "1")  # other images are asked for
+
+
+def test_images_of_another_noise_schedule_are_others(score, folder, tmp_path):
+    plain = score("--run", str(folder))
+    images = folder / "eval" / "images"
+    before = {file.name: file.read_bytes() for file in images.glob("*.png")}
+    run = RunFolder(folder)
+    run.write_config({**run.read_config(), "prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
+    other = score("--run", str(folder))
+    assert all(file.read_bytes() != before[file.name] for file in images.glob("*.png"))
+    assert len(list((tmp_path / "cache" / "base").iterdir())) == 2  # the base's images are not those of the plain run
+    assert other["record"]["schedule"] != plain["record"]["schedule"]
+    assert other["record"]["sequence"] is None
 
 
 def test_every_tool_s_file_draws_the_same(score, folder, adapters, model):
@@ -173,6 +190,9 @@ def test_bad_input_is_told_in_one_line(score, folder, noise, model):
         score("--seed", "1")
     with pytest.raises(InputError, match="ofc.*unknown.*one of oft"):
         score("--run", str(folder), "--protocol", "ofc")
+    for flag, name in (("--dino", "b16"), ("--dino", "dinov2_s"), ("--clip", "L14")):
+        with pytest.raises(InputError, match=f"{flag}: {name} is a network of the papers'.*--backbones papers"):
+            score("--run", str(folder), flag, name)
     place = noise("made", [f"00{i}_{k}.png" for i in range(2) for k in range(2)])
     (place / "001_1.png").unlink()
     with pytest.raises(InputError, match=r"made: 0 of 2 prompts have no image, 1 have fewer.*number 1"):
@@ -187,6 +207,86 @@ def test_bad_input_is_told_in_one_line(score, folder, noise, model):
     with pytest.raises(InputError, match="no such folder"):
         score("--generated", "made", "--real", "nowhere")
 
+
+
+def test_real_is_a_folder_of_subjects_folders_with_a_run_too(score, folder, noise, capsys):
+    for seed, name in enumerate(("rex", "bello", "empty")):
+        noise(f"pets/{name}", [f"{i}.png" for i in range(3)] if name != "empty" else [], seed)
+    flags = ["--run", str(folder), "--real", "pets", "--no_drift", "--images", "1"]
+    result = score(*flags, "--subjects", "rex", "bello", "--include_self", "--output_dir", "both")
+    assert set(result["per_subject"]) == {"rex", "bello"} and result["counts"]["real"] == 6
+    assert result["record"]["texts"]["rex"] == {p: p.format("dog") for p in PROMPTS}
+    lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    for label, how in (("real images, dino", "exclude_self"), ("real images, dino with self-pairs", "include_self")):
+        value, (low, high) = result["real"][how]["dino"], result["real_intervals"][how]["dino"]
+        assert low <= value <= high and f"{value:.4f} [{low:.4f}, {high:.4f}]" in lines[label]
+    alone = score(*flags, "--subjects", "bello", "--output_dir", "alone")
+    assert alone["counts"]["subjects"] == 1 and alone["real_intervals"]["exclude_self"]["dino"] is None
+    with pytest.raises(InputError, match=r"'bela' is no subject here.*did you mean bello"):
+        score(*flags, "--subjects", "bela")
+    with pytest.raises(InputError, match=r"empty: holds no image"):
+        score(*flags)
+
+
+def test_images_that_the_manifest_does_not_name_are_passed_over(score, folder, noise, caplog):
+    """Of four images a prompt of one adapter, the first two drawn again by another, which wrote the manifest."""
+    own = score("--run", str(folder), "--no_drift")
+    noise("run/eval/images", [f"00{i}_{k}.png" for i in range(2) for k in (2, 3)])
+    flags = ["--generated", str(folder), "--real", "pet", "--output_dir", "again"]
+    again = score(*flags)
+    assert again["counts"]["generated"] == 4
+    assert again["metrics"]["dino"] == pytest.approx(own["metrics"]["dino"], abs=1e-12)
+    assert "4 images that manifest.json does not name passed over: 000_2.png, 000_3.png" in caplog.text
+    (folder / "eval" / "images" / "001_0.png").unlink()
+    with pytest.raises(InputError, match=r"manifest.json: names 1 images that are not there: 001_0.png"):
+        score(*flags)
+
+
+def test_all_black_images_are_counted_and_named(score, folder, noise, capsys):
+    made = noise("made", [f"00{i}_{k}.png" for i in range(2) for k in range(4)])
+    for file in ("made/000_1.png", "made/001_2.png", "pet/2.png"):
+        Image.new("RGB", (64, 64)).save(file)
+    flags = ["--generated", str(made), "--real", "pet", "--class_noun", "dog"]
+    result = score(*flags)
+    assert (result["counts"]["black"], result["counts"]["black_real"], result["counts"]["pairs"]) == (2, 1, 24)
+    files = [str(made / "000_1.png"), str(made / "001_2.png"), "pet/2.png"]
+    assert result["black_files"] == files
+    line = f"ALL BLACK: 2 images, 1 photos, 0 images for drift: {', '.join(files)}"
+    assert line in capsys.readouterr().out.splitlines()
+
+
+def test_compat_and_texts_through_the_command(score, folder, noise, capsys):
+    """OFT's defects, on names that end alike, five images a prompt and a black one; and what CLIP-T is told."""
+    for seed, name in enumerate(("dog", "backpack_dog")):
+        noise(f"pets/{name}", ["0.png", "1.png"], seed)
+        noise(f"made/{name}", [f"00{i}_{k}.png" for i in range(2) for k in range(5)], 7 + seed)
+    Image.new("RGB", (64, 64)).save("made/dog/000_1.png")
+    flags = ["--generated", "made", "--real", "pets", "--class_noun", "dog"]
+    plain = score(*flags)
+    assert plain["compat"] is False and plain["counts"]["pairs"] == 2 * 10 * 2
+    assert plain["record"]["texts"]["dog"] == {p: p.format("dog") for p in PROMPTS}
+    assert "with self-pairs" not in capsys.readouterr().out
+    compat = score(*flags, "--compat", "--include_self", "--clip_t_text", "class")
+    shown = capsys.readouterr().out
+    assert "oft compat" in shown and shown.count("with self-pairs") == 3
+    dog, backpack = 2 * (7 + 8), 2 * 8  # photos times images: of both folders; four a prompt, less the black one
+    assert compat["compat"] is True and compat["counts"]["pairs"] == dog + backpack
+    assert compat["record"]["texts"]["dog"] == dict.fromkeys(PROMPTS, "a photo of a dog")
+    told = score(*flags, "--clip_t_text", "with_token")
+    assert told["record"]["texts"]["backpack_dog"] == {p: p.format("sks dog") for p in PROMPTS}
+    assert len({r["metrics"]["clip_t"] for r in (plain, compat, told)}) == 3
+    assert {r["record"]["clip_t_text"] for r in (plain, compat, told)} == {"without_token", "class", "with_token"}
+
+
+def test_prompts_without_a_class_noun_are_told(score, folder, noise, caplog):
+    noise("made", [f"00{i}_{k}.png" for i in range(2) for k in range(2)])
+    flags = ["--generated", "made", "--real", "pet"]
+    assert score(*flags)["metrics"]["clip_t"] is None
+    assert "CLIP-T is left out -> give --class_noun" in caplog.text
+    caplog.clear()
+    result = score(*flags, "--class_noun", "dog")
+    assert result["metrics"]["clip_t"] is not None and "CLIP-T" not in caplog.text
+    assert result["record"]["texts"] == {"pet": {p: p.format("dog") for p in PROMPTS}}
 
 
 @pytest.mark.slow

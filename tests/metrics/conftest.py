@@ -1,1 +1,1 @@
-from metric_world import noise, root, small_world  # noqa: F401
+from metric_world import noise, root, small_world, trunk  # noqa: F401

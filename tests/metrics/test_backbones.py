@@ -16,6 +16,12 @@ from vislora.errors import InputError
 from vislora.metrics import backbones
 from vislora.metrics.transforms import IMAGENET, OPENAI
 
+TOWERS = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
 
 def test_papers_weights_from_a_folder(tmp_path, monkeypatch):
     name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"  # small, in the place of vit_small_patch16_224.dino
@@ -36,13 +42,8 @@ def test_papers_weights_from_a_folder(tmp_path, monkeypatch):
 
 
 def test_clip_from_a_folder_has_quickgelu(tmp_path, monkeypatch):
-    towers = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-    }
     for name, quick in (("small-quickgelu", True), ("small", False)):
-        (tmp_path / f"{name}.json").write_text(json.dumps({**towers, "quick_gelu": quick}))
+        (tmp_path / f"{name}.json").write_text(json.dumps({**TOWERS, "quick_gelu": quick}))
     open_clip.add_model_config(tmp_path)
     for name in ("small-quickgelu", "small"):
         save_file({k: v.contiguous() for k, v in open_clip.create_model(name).state_dict().items()},
@@ -55,6 +56,35 @@ def test_clip_from_a_folder_has_quickgelu(tmp_path, monkeypatch):
         backbones.clip("small", str(tmp_path))
 
 
+def test_a_folder_of_openai_s_clip_has_quickgelu_too(tmp_path):
+    """Its weights fit either activation, and only its folder's name says whose they are."""
+    open_clip.add_model_config(_config(tmp_path, "towers"))
+    state = {k: v.contiguous() for k, v in open_clip.create_model("towers").state_dict().items()}
+
+    def saved(place, quick: bool):
+        place.mkdir(parents=True)
+        cfg = {"model_cfg": {**TOWERS, "quick_gelu": quick}, "preprocess_cfg": {"mean": OPENAI[0], "std": OPENAI[1]}}
+        (place / "open_clip_config.json").write_text(json.dumps(cfg))
+        save_file(state, place / "open_clip_model.safetensors")
+        return backbones.clip(str(place))
+
+    hub = tmp_path / "models--timm--vit_small_clip.openai" / "snapshots"
+    quick = saved(hub / "1a2b", True)
+    assert quick.activations == "QuickGELU"
+    with pytest.raises(InputError, match="has GELU activations, OpenAI's weights need QuickGELU.*quick_gelu"):
+        saved(hub / "3c4d", False)
+    mine = saved(tmp_path / "a" / "b" / "mine", False)  # nothing says that these are OpenAI's: recorded
+    assert mine.activations == "GELU"
+    file = tmp_path / "a" / "b" / "mine" / "open_clip_config.json"
+    file.write_text(file.read_text().replace('"quick_gelu": false', '"quick_gelu": true'))
+    assert backbones.clip(str(file.parent)).view != mine.view  # whose features are others
+
+
+def _config(folder, name: str):
+    (folder / f"{name}.json").write_text(json.dumps(TOWERS))
+    return folder / f"{name}.json"
+
+
 def test_the_world_s_networks(small_world):
     dino, clip = backbones.dino("s16", "full"), backbones.clip("L14")
     assert dino.identifier == "world/tiny-dino" and clip.identifier == "world/tiny-clip"
@@ -64,6 +94,18 @@ def test_the_world_s_networks(small_world):
         assert torch.allclose(clip.images(x), clip.network.encode_image(x, normalize=True), atol=1e-6)
     red, other = clip.texts(["a red apple on grass", "a red apple on grass"])
     assert torch.equal(red, other)
+
+
+def test_offline_the_papers_networks_say_their_file_and_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    said = r"put DIR/{0}.safetensors, from the hub's {1}, and give --backbones DIR"
+    dino = "vit_small_patch16_224.dino"
+    with pytest.raises(InputError, match=f"{dino}: cannot be loaded.*{said.format(dino, 'timm/' + dino)}"):
+        backbones.dino("s16", "full", backbones.PAPERS)
+    clip = "ViT-B-32-quickgelu"
+    hub = "timm/vit_base_patch32_clip_224.openai"
+    with pytest.raises(InputError, match=f"{clip}: cannot be loaded.*{said.format(clip, hub)}"):
+        backbones.clip("B32", backbones.PAPERS)
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import tiny_families
 import torch
@@ -65,7 +68,7 @@ def _drift(own, scale: float) -> float:
 
 def test_two_processes_draw_what_one_does(folder, tmp_path):
     own = models.load(folder)
-    way = draw.Sampling(draw.digest(own), "none", "dpm", 1, 2.0, own.resolution)
+    way = draw.Sampling.of(own, "dpm", 1, own.resolution)
     jobs = draw.jobs([f"word {i}" for i in range(5)], 2, 0)
     assert len({job.seed for job in jobs}) == 2
     assert [job.file for job in jobs[:3]] == ["000_0.png", "000_1.png", "001_0.png"]
@@ -86,3 +89,24 @@ def test_the_digest_is_of_the_weights(folder):
         next(p for n, p in own.vae.named_parameters()).add_(1.0)
     handle.detach()
     assert draw.digest(own) != before
+
+
+def test_the_sampling_is_of_the_noise_schedule_and_the_text_length(folder, tmp_path):
+    def of(path, **words) -> draw.Sampling:
+        own = models.load(path, **words)
+        return draw.Sampling.of(own, "euler" if own.family.flow else "dpm", 2, own.resolution)
+
+    plain = of(folder)
+    assert plain == of(folder)
+    by_words = [of(folder, noise={"prediction_type": "v_prediction"}),
+                of(folder, noise={"prediction_type": "v_prediction", "rescale_betas_zero_snr": True})]  # fmt: skip
+    place = shutil.copytree(folder, tmp_path / "other")
+    file = place / "scheduler" / "scheduler_config.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps({**told, "_diffusers_version": "0.1.0"}))
+    assert of(place) == plain  # the library's version alone draws no other image
+    file.write_text(json.dumps({**told, "beta_end": 0.02}))
+    assert len({plain.schedule, of(place).schedule, *(s.schedule for s in by_words)}) == 4
+
+    t5 = tiny_families.build("sd3", tmp_path / "sd3")
+    assert of(t5, sequence=8) != of(t5, sequence=16)

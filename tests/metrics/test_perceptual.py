@@ -1,19 +1,26 @@
-"""LPIPS as distances between vectors, against lpips itself and, where heads are, torchmetrics' formula by hand."""
+"""LPIPS as distances between vectors, against lpips itself."""
 
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from urllib.error import URLError
 
 import lpips
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from vislora.errors import InputError
+from vislora.metrics import backbones
 from vislora.metrics.cache import Cache
-from vislora.metrics.features import compare
+from vislora.metrics.features import compare, embed, matrix
 from vislora.metrics.perceptual import Perceptual, distances, perceptual
 from vislora.metrics.pictures import examine, listing
 from vislora.metrics.transforms import Transform
+
+FILE = "alexnet-owt-7be5be79.pth"
 
 
 @pytest.mark.parametrize(("net", "heads"), [("alex", True), ("squeeze", True), ("squeeze", False)])
@@ -55,6 +62,8 @@ def test_processes_share_the_groups(noise):
     parts = []
 
     def keep(found: dict) -> dict:
+        if None in found.values():  # what is lacking
+            return found
         parts.append(found)
         raise InterruptedError
 
@@ -62,13 +71,60 @@ def test_processes_share_the_groups(noise):
         with pytest.raises(InterruptedError):
             compare(groups, world, Cache(None), (rank, 2), keep)
     assert [len(part) for part in parts] == [2, 2] and not parts[0].keys() & parts[1].keys()
-    joined = compare(groups, world, Cache(None), (8, 9), lambda found: {**parts[0], **parts[1], **found})
+    joined = compare(groups, world, Cache(None), (8, 9), lambda found: {**found, **parts[0], **parts[1]})
     assert all((a == b).all() for a, b in zip(whole, joined, strict=True))
 
 
+def test_processes_whose_caches_differ_still_see_everything(noise, small_world):
+    """Two threads in the place of two processes, each of which has seen one picture already, and not the same."""
+    dino, world = backbones.dino("s16", "full"), perceptual()
+    files = examine(listing(noise("a", [f"{i}.png" for i in range(5)])))
+    groups = [([a], files) for a in files]
+    whole, caches = Cache(None), [Cache(None), Cache(None)]
+    embed(files, [dino], whole)
+    expected = compare(groups, world, whole)
+    for cache, seen in zip(caches, (files[0], files[3]), strict=True):
+        embed([seen], [dino], cache)
+        compare([([seen], files)], world, cache)
+    told, meeting = [{}, {}], Barrier(2, timeout=120)
+
+    def work(rank: int) -> list:
+        def share(found: dict) -> dict:
+            told[rank] = found
+            meeting.wait()
+            both = {**told[0], **told[1]}
+            meeting.wait()
+            return both
+
+        embed(files, [dino], caches[rank], 2, (rank, 2), share)
+        return compare(groups, world, caches[rank], (rank, 2), share)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(work, range(2)))
+    for cache, rows in zip(caches, found, strict=True):
+        assert matrix(files, dino, cache) == pytest.approx(matrix(files, dino, whole), abs=1e-6)
+        assert all(a == pytest.approx(b, abs=1e-6) for a, b in zip(rows, expected, strict=True))
+
+
 def test_a_missing_trunk_says_what_belongs_where(tmp_path):
-    with pytest.raises(InputError, match=r"alexnet.safetensors.*no such file.*torchvision's alexnet"):
+    with pytest.raises(InputError, match=rf"alexnet.safetensors: no such file.*torchvision's {FILE}"):
         perceptual(str(tmp_path))
     (tmp_path / "alexnet.safetensors").write_bytes(b"no tensors")
     with pytest.raises(InputError, match="is no trunk for LPIPS"):
         perceptual(str(tmp_path))
+
+
+def test_offline_the_papers_trunk_is_torchvision_s_file_in_its_cache(trunk, tmp_path, monkeypatch):
+    def unreachable(*args, **options):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    found = perceptual("papers")
+    assert found.identifier == "lpips 0.1 alex" and found.transform.name.startswith("full512_bilinear")
+    state = {name: tensor for name, tensor in torch.load(trunk / FILE).items() if name.startswith("features")}
+    assert torch.equal(found.network.net.slice1[0].weight, state["features.0.weight"])
+    save_file(state, tmp_path / "alexnet.safetensors")
+    assert perceptual(str(tmp_path)).view == found.view
+    (trunk / FILE).unlink()
+    with pytest.raises(InputError, match=rf"^{FILE}: .*no network.* -> put it into {trunk}, or .*alexnet.safetensors"):
+        perceptual("papers")

@@ -25,7 +25,7 @@ WIDTH = 12
 class Eyes:
     """In place of a backbone: features are in the cache already, texts are directions."""
 
-    identifier = view = "eyes"
+    identifier = view = activations = "eyes"
     transform = SimpleNamespace(name="none")
 
     def texts(self, texts):
@@ -72,6 +72,7 @@ def test_the_papers_counts(by_hand):
     plain = Scorer(subjects, by_hand.networks, by_hand.cache).result(PROTOCOLS["oft"])
     assert plain["counts"] == {
         "subjects": 30, "prompts": 25, "generated": 3000, "real": 158, "pairs": 15_800, "black": 0,
+        "black_real": 0, "black_drift": 0,
         "pairs_within_a_prompt": 30 * 25 * 6, "real_pairs": 684, "real_pairs_with_self": 842,
     }  # fmt: skip
     compat = Scorer(subjects, by_hand.networks, by_hand.cache, compat=True).result(PROTOCOLS["oft"])
@@ -97,6 +98,32 @@ def test_the_papers_counts(by_hand):
     assert plain["real"]["exclude_self"]["lpips_real"] == pytest.approx(np.mean(reals), abs=1e-12)
     low, high = plain["intervals"]["dino"]
     assert low < plain["metrics"]["dino"] < high
+    for how in ("exclude_self", "include_self"):
+        for name, value in plain["real"][how].items():
+            low, high = plain["real_intervals"][how][name]
+            assert low < value < high, (how, name)
+    rng, own = np.random.default_rng(1), [[v(a) @ v(b) for a in s.real for b in s.real if a is not b] for s in subjects]
+    means = [np.mean(np.concatenate([own[i] for i in rng.integers(0, 30, 30)])) for _ in range(2000)]
+    low, high = np.quantile(means, [0.025, 0.975])  # subjects are drawn, whose photos stay together
+    assert plain["real_intervals"]["exclude_self"]["dino"] == pytest.approx([low, high], abs=0.15 * (high - low))
+
+
+def test_the_record_has_every_subject_s_texts(by_hand):
+    def subject(name: str, noun: str, prompts: list[str]) -> Scored:
+        groups = [Group(p, p.format(noun), [by_hand.picture(f"{name} {p}")]) for p in prompts]
+        return Scored(name, [by_hand.picture(f"{name} 0"), by_hand.picture(f"{name} 1")], groups)
+
+    def of(*prompts: list[str]) -> dict:
+        subjects = [subject(*pair, own) for pair, own in zip((("rex", "dog"), ("tin", "can")), prompts, strict=True)]
+        return Scorer(subjects, by_hand.networks, by_hand.cache).result(PROTOCOLS["oft"])
+
+    same = of(["a {} here", "a red {}"], ["a {} here", "a red {}"])
+    assert same["record"]["texts"] == {"rex": {"a {} here": "a dog here", "a red {}": "a red dog"},
+                                       "tin": {"a {} here": "a can here", "a red {}": "a red can"}}  # fmt: skip
+    # As google/dreambooth's lists for objects and for what is alive: equally long, and only some prompts are in both.
+    mixed = of(["a {} here", "a red {}"], ["a {} here", "a {} in a box"])
+    assert same["counts"]["prompts"] == mixed["counts"]["prompts"] == 2
+    assert of(["a {} here", "a red {}"], ["a {} here"])["counts"]["prompts"] == "1-2"
 
 
 def test_compat_takes_four_images_and_no_black_ones(by_hand):
@@ -105,7 +132,9 @@ def test_compat_takes_four_images_and_no_black_ones(by_hand):
     plain = Scorer([subject], by_hand.networks, by_hand.cache).result(PROTOCOLS["oft"])
     compat = Scorer([subject], by_hand.networks, by_hand.cache, compat=True).result(PROTOCOLS["oft"])
     assert (plain["counts"]["pairs"], compat["counts"]["pairs"]) == (16, 3)  # 0, 2, 3 against the one photo with light
-    assert plain["counts"]["black"] == compat["counts"]["black"] == 1
+    for result in (plain, compat):
+        assert (result["counts"]["black"], result["counts"]["black_real"]) == (1, 1)
+        assert result["black_files"] == ["1.png", "dark"]
     v = by_hand.vector
     mean = np.mean([v(pictures[k]) @ v(subject.real[0]) for k in (0, 2, 3)])
     assert compat["metrics"]["dino"] == pytest.approx(mean, abs=1e-12)
@@ -133,11 +162,13 @@ def test_pres_and_drift(by_hand):
     names = "abcd"
     subject = Scored(
         "s", [picture("r0"), picture("r1")], [Group("p", None, [picture("g")])],
-        [Group("a class", None, [picture(n) for n in names])],
-        [Compared("u", "unrelated", [picture("x"), picture("y")], [picture("x0"), picture("y0")]),
-         Compared("c", "class", [picture("z")], [picture("z0")])],
+        [Group("a class", None, [picture(n, n == "d") for n in names])],
+        [Compared("u", "unrelated", [picture("x"), picture("y", True)], [picture("x0"), picture("y0")]),
+         Compared("c", "class", [picture("z")], [picture("z0", True)])],
     )  # fmt: skip
-    found = Scorer([subject], by_hand.networks, by_hand.cache).result(PROTOCOLS["oft"])["metrics"]
+    result = Scorer([subject], by_hand.networks, by_hand.cache).result(PROTOCOLS["oft"])
+    assert result["counts"]["black_drift"] == 3 and sorted(result["black_files"]) == ["d", "y", "z0"]
+    found = result["metrics"]
     pres = np.mean([v(picture(n)) @ v(r) for n in names for r in subject.real])
     off = [1 - v(picture(n)) @ v(picture(n + "0")) for n in "xyz"]
     assert found["pres"] == pytest.approx(pres, abs=1e-12)
@@ -174,6 +205,7 @@ def test_batches_order_and_processes_change_nothing(noise, small_world, tmp_path
     parts = []
     for rank in range(2):
         embed(pictures, list(networks.made.values()), Cache(None), 4, (rank, 2), lambda f: parts.append(f) or f)
+    parts = parts[1::2]  # after what is lacking
     assert len(parts[0]) + len(parts[1]) == 22 and not parts[0].keys() & parts[1].keys()
     scored(4, pictures, cache=Cache(tmp_path / "c"))
     kept = scored(4, pictures, cache=Cache(tmp_path / "c"), part=(7, 8))  # a process without a share of the work

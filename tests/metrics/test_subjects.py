@@ -76,7 +76,23 @@ def test_the_world_has_eight_subjects_and_25_prompts():
     assert unrelated[0].startswith("an apple on")
     of_class = drift.class_prompts(owl.noun, owl.templates)
     assert len(set(of_class)) == 5 and all("bird" in prompt and "sks" not in prompt for prompt in of_class)
-    assert "astronaut" not in " ".join(drift.unrelated_prompts(False, "astronaut"))
+
+
+@pytest.mark.parametrize(
+    ("noun", "without"),
+    [("astronaut", ["an astronaut"]), ("sports car", ["sports car"]), ("car", ["sports car"]), ("Car", ["sports car"]),
+     ("stuffed animal", []), ("glass of milk", []), ("fisherman", ["fisherman"]), ("art", []), ("", []),
+     ("steam engine", ["steam locomotive"])],
+)  # fmt: skip
+def test_unrelated_prompts_hold_no_word_of_the_noun(noun, without):
+    """Whole words of it: "glass of milk" is neither two glasses nor a bowl of ramen, and art is not in a cart."""
+    kept = drift.unrelated_prompts(False, noun)
+    assert [prompt for prompt in drift.UNRELATED if not any(words in prompt for words in without)] == list(kept)
+
+
+def test_the_world_s_unrelated_prompts_hold_no_word_of_the_noun():
+    assert drift.unrelated_prompts(True, "toy bear") == drift.unrelated_prompts(True, "bear")
+    assert drift.unrelated_prompts(True, "bear") != drift.unrelated_prompts(True, "dragon")
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ def of_world(options: DreamBoothOptions) -> bool:
 
 
 def drift_of(options: DreamBoothOptions, models: DiffusionModels, adapter: Handle) -> DenoisingDrift:
-    """The run's measure of drift, on prompts that name none of its subjects' classes. Attach the adapter before."""
+    """The run's measure of drift, on prompts without the last word of any of its class prompts, under the run's seed:
+    eval/subject_driven.py, which has its own seed and nouns, gives another number. Attach the adapter before."""
     prompts = [concept.class_prompt or concept.instance_prompt or "" for concept in concepts_of(options)]
     nouns = [prompt.rstrip(".").split()[-1] for prompt in prompts if prompt.rstrip(".").split()]
     unrelated = unrelated_prompts(of_world(options), nouns[0] if nouns else "")

@@ -190,8 +190,8 @@ class DreamBoothOptions:
         None, "steps between cosines of full and equivalent gradient (OD-LoRA's measure); none: never", group=_RUN
     )
     drift_steps: int | None = option(
-        None, "steps between measurements of how far the denoiser is from its base on unrelated prompts; none: never",
-        group=_RUN,
+        None, "steps between measurements of how far the denoiser is from its base on unrelated prompts, by --seed "
+        "(eval/subject_driven.py has its own: not the same number); none: never", group=_RUN,
     )  # fmt: skip
     report_to: str = option(
         "tensorboard", "where else metrics go: tensorboard, wandb or another tracker of accelerate's, all, or none",

@@ -15,7 +15,6 @@ from pathlib import Path
 import open_clip
 import timm
 import torch
-from open_clip.transformer import QuickGELU
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -42,7 +41,8 @@ _HUB = {
 
 @dataclass
 class Backbone:
-    """A network and the transform before it. `identifier`: for the record; `view`: for the cache, the weights in it."""
+    """A network and the transform before it. `identifier`: for the record; `view`: for the cache, the weights in it;
+    `activations`: the names of its GELUs, for the record, since CLIP's weights fit either kind."""
 
     kind: str  # dino or clip
     identifier: str
@@ -53,6 +53,12 @@ class Backbone:
     def __post_init__(self):
         self.network.requires_grad_(False).eval().float()
         self.view = f"{self.kind} {self.identifier} {weights_digest(self.network)} {self.transform.name}"
+        if self.kind == "clip":
+            self.view += f" {self.activations}"
+
+    @property
+    def activations(self) -> str:
+        return " and ".join(_gelus(self.network)) or "none"
 
     @torch.no_grad()
     def images(self, batch: Tensor) -> Tensor:
@@ -111,7 +117,8 @@ def dino(name: str, how: str, source: str = WORLD, device: torch.device | str = 
 def clip(name: str, source: str = WORLD, device: torch.device | str = "cpu") -> Backbone:
     """CLIP for a protocol that asks for `name` (of `CLIP`, an open_clip name, or a folder that open_clip loads).
 
-    source and errors as for `dino`. InputError where a network of OpenAI's has another activation than QuickGELU.
+    source and errors as for `dino`. InputError where a network of OpenAI's has another activation than QuickGELU; a
+    folder is of one of these where its path ends in a name with openai, as the hub has them; no file in it says so.
     """
     folder = _world("tiny-clip", "open_clip_model.safetensors") if source == WORLD and name in CLIP else Path(name)
     if folder.is_dir():
@@ -122,6 +129,8 @@ def clip(name: str, source: str = WORLD, device: torch.device | str = "cpu") -> 
         side = side if isinstance(side, int) else side[0]
         transform = Transform(side, "bicubic", side, tuple(config["mean"]), tuple(config["std"]))
         identifier = "world/tiny-clip" if name in CLIP else str(folder)
+        if "openai" in "/".join(folder.resolve().parts[-3:]).lower():  # the hub's name, two above in its cache
+            require_quickgelu(network, identifier)
         return Backbone("clip", identifier, network.to(device), transform, open_clip.get_tokenizer(where))
     identifier = CLIP.get(name, name)
     if identifier not in open_clip.list_models():
@@ -139,10 +148,16 @@ def clip(name: str, source: str = WORLD, device: torch.device | str = "cpu") -> 
 
 def require_quickgelu(network: nn.Module, identifier: str) -> None:
     """InputError unless both towers hold QuickGELU, as OpenAI's weights were trained with, and no other GELU."""
-    kinds = {type(module).__name__ for module in network.modules() if isinstance(module, nn.GELU | QuickGELU)}
-    if kinds != {"QuickGELU"}:
-        wrong = f"{identifier} has {' and '.join(sorted(kinds)) or 'no'} activations, OpenAI's weights need QuickGELU"
-        raise InputError("--clip", wrong, f"take {' or '.join(CLIP.values())}")
+    kinds = _gelus(network)
+    if kinds != ["QuickGELU"]:
+        wrong = f"{identifier} has {' and '.join(kinds) or 'no'} activations, OpenAI's weights need QuickGELU"
+        remedy = f"take {' or '.join(CLIP.values())}, or set quick_gelu in the folder's open_clip_config.json"
+        raise InputError("--clip", wrong, remedy)
+
+
+def _gelus(network: nn.Module) -> list[str]:
+    """The class names of its GELUs of any kind, open_clip's and timm's."""
+    return sorted({name for module in network.modules() if (name := type(module).__name__).endswith("GELU")})
 
 
 def _statistics(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:

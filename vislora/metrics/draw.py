@@ -39,14 +39,23 @@ class Job:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn. model, adapter: digests of the weights; scheduler: of `DiffusionModels.pipeline`."""
+    """How images are drawn. model, adapter: digests of the weights; scheduler: of `DiffusionModels.pipeline`; schedule:
+    the digest of its configuration; guidance, and sequence, the tokens that T5 reads: the model's; side in pixels."""
 
     model: str
     adapter: str
     scheduler: str
+    schedule: str
     steps: int
     guidance: float
     side: int
+    sequence: int | None = None
+
+    @classmethod
+    def of(cls, models: DiffusionModels, scheduler: str, steps: int, side: int, adapter: str = "none") -> Sampling:
+        """With all that is the model's own taken from it."""
+        schedule = schedule_digest(models, scheduler)
+        return cls(digest(models), adapter, scheduler, schedule, steps, models.guidance, side, models.sequence)
 
 
 def jobs(prompts: Sequence[str], images: int, seed: int, stream: str = "score") -> list[Job]:
@@ -66,6 +75,14 @@ def digest(models: DiffusionModels) -> str:
             if isinstance(tensor, torch.Tensor):
                 found.update(tensor.flatten()[:256].float().cpu().numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def schedule_digest(models: DiffusionModels, scheduler: str) -> str:
+    """A short name of the noise schedule that images are drawn by: of the sampler's configuration, without the keys
+    that diffusers keeps for itself, among them its version. InputError for an unknown sampler."""
+    config = models.pipeline(scheduler).scheduler.config
+    own = {key: value for key, value in config.items() if not key.startswith("_")}
+    return hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def file_digest(path: Path) -> str:

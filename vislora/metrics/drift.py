@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 
 import torch
@@ -27,18 +28,25 @@ UNRELATED = (
     "a red sports car in front of a garage",
     "a library with tall wooden shelves",
 )
+_SMALL = {"a", "an", "the", "of", "in", "on", "with", "and"}  # words of a noun that name nothing
 
 
 def unrelated_prompts(of_world: bool, noun: str) -> tuple[str, ...]:
-    """Ten prompts that do not name `noun`; for the embedded world of its own objects, on a background each."""
+    """Ten prompts less those that hold a word of `noun` ("sports car": a red sports car, and any other car), compared
+    as whole words; for the embedded world ten of its own objects, on a background each."""
+    words = _words(noun) - _SMALL
     if not of_world:
-        return tuple(prompt for prompt in UNRELATED if noun not in prompt.split())
+        return tuple(prompt for prompt in UNRELATED if not words & _words(prompt))
     told = json.loads((world.ROOT / "assets" / "world" / "world.json").read_text(encoding="utf-8"))
-    objects = [name for name in told["objects"] if name != noun][::5][:10]
+    objects = [name for name in told["objects"] if not words & _words(name)][::5][:10]
     places = [words[0] for words in told["backgrounds"].values()]
     return tuple(
         f"a{'n' if name[0] in 'aeiou' else ''} {name} {places[i % len(places)]}" for i, name in enumerate(objects)
     )
+
+
+def _words(text: str) -> set[str]:
+    return {*re.findall(r"\w+", text.lower())}
 
 
 def class_prompts(noun: str, templates: Sequence[str]) -> tuple[str, ...]:
@@ -54,6 +62,9 @@ class DenoisingDrift:
     noised by draws that are a function of `seed` alone. `measure` needs as many forwards of the denoiser as there are
     noisy latents, in batches of `batch_size`. side: of the images in pixels, None for the model's own. Make it where
     the adapter is attached; what it trains is not touched.
+
+    A run's log (--drift_steps) and eval/subject_driven.py differ: each takes its own --seed, hence other latents and
+    noise, and training leaves prompts out by the last word of the class prompt, scoring by every word of the noun.
     """
 
     def __init__(

@@ -35,10 +35,13 @@ def embed(
 ) -> None:
     """Put every picture's features by every backbone into `cache`, under (backbone.view, picture.sha256).
 
-    part: (this process, processes); each embeds its own pictures, and `share` brings the features together.
+    part: (this process, processes); each embeds its own pictures, and `share` brings the features together, and before
+    that what each process lacks: their caches may differ.
     """  # fmt: skip
     distinct = {p.sha256: p for p in pictures}  # equal files are one
-    lacking = {sha: [b for b in backbones if cache.get(b.view, sha) is None] for sha in sorted(distinct)}
+    wanted = {(b.view, sha): None for sha in distinct for b in backbones if cache.get(b.view, sha) is None}
+    wanted = share(wanted)
+    lacking = {sha: [b for b in backbones if (b.view, sha) in wanted] for sha in sorted(distinct)}
     todo = [sha for sha, own in lacking.items() if own][part[0] :: part[1]]
     found: dict[tuple[str, str], Tensor] = {}
     with exact():
@@ -69,13 +72,14 @@ Pairs = tuple[Sequence[Picture], Sequence[Picture]]
 def compare(
     groups: Sequence[Pairs], network: Perceptual, cache: Cache, part: tuple[int, int] = (0, 1), share: Share = dict,
 ) -> list[np.ndarray]:
-    """LPIPS (n, m) in float64 of each group's first pictures with its second ones; processes take groups in turn.
+    """LPIPS (n, m) in float64 of each group's first pictures with its second ones; processes take groups in turn, of
+    those that any of them lacks.
 
     Groups with pictures in common should stand side by side: activations are kept for the last few dozen pictures.
     """  # fmt: skip
     keys = [" ".join([*(p.sha256 for p in first), "to", *(p.sha256 for p in second)]) for first, second in groups]
-    lacking = [(key, pair) for key, pair in dict(zip(keys, groups, strict=True)).items()
-               if cache.get(network.view, key) is None]  # fmt: skip
+    wanted = share({key: None for key in keys if cache.get(network.view, key) is None})
+    lacking = [(key, pair) for key, pair in dict(zip(keys, groups, strict=True)).items() if key in wanted]
     held: dict[str, tuple[Tensor, Tensor]] = {}
 
     def activations(picture: Picture) -> tuple[Tensor, Tensor]:

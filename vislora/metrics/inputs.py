@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 from vislora import world
 from vislora.data.concepts import Concept, read_concepts
-from vislora.errors import InputError
+from vislora.data.images import EXTENSIONS
+from vislora.errors import InputError, printable
 from vislora.metrics.draw import MANIFEST
 from vislora.metrics.options import ScoreOptions
 from vislora.metrics.pictures import examine, listing
@@ -21,6 +23,7 @@ from vislora.training.run import RunFolder
 
 TOKEN = "sks"
 _NUMBERED = re.compile(r"(\d+)_(\w+)")
+log = logging.getLogger("vislora")
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,9 @@ def _subjects(options: ScoreOptions, settings: dict[str, Any]) -> list[tuple[Sub
     """The subjects with their tokens: the run's, or those of the data."""
     o, templates = options, None if options.prompts is None else read_templates(options.prompts)
     if o.real is not None:
-        concepts = [Concept(o.real, settings.get("instance_prompt"), settings.get("class_prompt"))]
+        places = [Subject(name, place, "", ()) for name, place in _photos(Path(o.real)).items()]
+        concepts = [Concept(str(s.photos), settings.get("instance_prompt"), settings.get("class_prompt"))
+                    for s in chosen(places, o.subjects)]  # fmt: skip
     elif settings.get("concepts_list"):
         concepts = read_concepts(settings["concepts_list"])
     elif settings.get("instance_data_dir"):
@@ -115,7 +120,7 @@ def folders(options: ScoreOptions) -> list[Scored]:
     own = _by_subject(place)
     known = {s.name: s for s in (dataset(o.data) if o.data else ())}
     if o.real is not None:
-        real = _by_subject(Path(o.real))
+        real = _photos(Path(o.real))
     else:
         real = {name: subject.photos for name, subject in known.items()}
     if len(own) == 1 and len(real) == 1:  # one subject, whatever the folders are called
@@ -133,6 +138,12 @@ def folders(options: ScoreOptions) -> list[Scored]:
     ]
 
 
+def _photos(folder: Path) -> dict[str, Path]:
+    """{subject: folder of photos}: the folder itself where photos lie in it, else its sub-folders."""
+    alone = folder.is_dir() and any(part.suffix.lower() in EXTENSIONS for part in folder.iterdir())
+    return {folder.name: folder} if alone else _by_subject(folder)
+
+
 def _by_subject(folder: Path) -> dict[str, Path]:
     """{subject: folder of images}: the folder itself, or its sub-folders; a run's images are in its eval/images."""
     if not folder.is_dir():
@@ -142,7 +153,9 @@ def _by_subject(folder: Path) -> dict[str, Path]:
         folder = inner
     if (folder / MANIFEST).is_file():
         return {_manifest(folder).get("subject", folder.name): folder}
-    parts = [part for part in sorted(folder.iterdir()) if part.is_dir() and not part.name.startswith(".")]
+    results = folder / "eval"  # of an earlier scoring of this very folder
+    parts = [part for part in sorted(folder.iterdir())
+             if part.is_dir() and not part.name.startswith(".") and part != results]  # fmt: skip
     if not parts:
         return {folder.name: folder}
     found = {}
@@ -166,17 +179,41 @@ def _manifest(folder: Path) -> dict:
     return told
 
 
+def _named(folder: Path, told: dict) -> list[Path]:
+    """The folder's images, where there is a manifest those that it names: others are of another adapter, or of more
+    images a prompt. InputError where one that it names is missing."""
+    found = listing(folder)
+    if not told:
+        return found
+    images = told["images"]
+    missing = sorted({*images} - {path.name for path in found})
+    if missing:
+        wrong = f"names {len(missing)} images that are not there: {', '.join(missing[:5])}"
+        raise InputError(str(folder / MANIFEST), wrong, "draw the images again, or remove it")
+    others = [path.name for path in found if path.name not in images]
+    if others:
+        shown = ", ".join(others[:5]) + (", …" if len(others) > 5 else "")
+        _warn(f"{folder}: {len(others)} images that {MANIFEST} does not name passed over: {shown}")
+    return [path for path in found if path.name in images]
+
+
+def _warn(words: str) -> None:
+    log.warning("%s", printable(words))
+
+
 def _groups(o: ScoreOptions, folder: Path, subject: Subject | None, templates: tuple[str, ...] | None) -> list[Group]:
     """The folder's images by prompt."""
     told, token = _manifest(folder), o.token or TOKEN
     noun = o.class_noun or told.get("class_noun") or (subject and subject.noun)
     templates = templates or told.get("templates") or (subject and subject.templates)
+    if templates and not noun:
+        _warn(f"{folder}: the subject's class is not known, CLIP-T is left out -> give --class_noun")
     paths: dict[str, list[Path]] = {}
-    for path in listing(folder):
+    for path in _named(folder, told):
         number = _NUMBERED.fullmatch(path.stem)
-        own = told.get("images", {}).get(path.name)
+        own = told["images"][path.name] if told else None
         key = own["group"] if own else int(number[1]) if number and templates else None
-        if key is None and (told or templates):
+        if key is None and templates:
             wrong = f"does not say which of the {len(templates or ())} prompts it is of"
             raise InputError(str(path), wrong, "name images <prompt>_<number>.png, prompts counted from 0")
         paths.setdefault(key, []).append(path)

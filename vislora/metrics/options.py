@@ -7,7 +7,7 @@ from typing import Literal
 
 from vislora.errors import InputError
 from vislora.metrics import protocols
-from vislora.metrics.backbones import WORLD
+from vislora.metrics.backbones import CLIP, DINO, PAPERS, WORLD
 from vislora.options import option
 
 _INPUT, _DATA, _DRAW, _SCORE, _RUN = "what to score", "subjects and prompts", "images", "scoring", "run"
@@ -73,13 +73,19 @@ class ScoreOptions:
         group=_SCORE,
     )  # fmt: skip
     dino: str | None = option(
-        None, "another DINO: s16, b16, s8, dinov2_s, dinov2_b, a name of timm's or a folder", group=_SCORE
+        None, "another DINO: of the papers' s16, b16, s8, dinov2_s, dinov2_b, or a name of timm's or a folder",
+        group=_SCORE,
+    )  # fmt: skip
+    clip: str | None = option(
+        None, "another CLIP: of the papers' L14, B32, or a name of open_clip's or a folder", group=_SCORE
     )
-    clip: str | None = option(None, "another CLIP: L14, B32, a name of open_clip's or a folder", group=_SCORE)
     clip_t_text: Literal["without_token", "with_token", "class"] = option(
         "without_token", "what CLIP-T compares an image with: its prompt, or the class alone", group=_SCORE
     )
-    drift: bool = option(True, "draw unrelated and class prompts too, for drift and PRES", group=_SCORE)
+    drift: bool = option(
+        True, "draw unrelated and class prompts too, for drift and PRES; drift_denoising is by this --seed, not the "
+        "number that a run logs by its own", group=_SCORE,
+    )  # fmt: skip
     drift_images: int = option(2, "for each of those prompts", group=_SCORE)
     resamples: int = option(1000, "of the bootstrap", group=_SCORE)
 
@@ -103,6 +109,10 @@ class ScoreOptions:
             raise InputError("--protocol", "names none", f"some of {', '.join(protocols.PROTOCOLS)}")
         for name in self.protocol:
             protocols.get(name)
+        for name, theirs in (("dino", DINO), ("clip", CLIP)):  # for which the world's one network would stand, unsaid
+            if self.backbones == WORLD and (value := getattr(self, name)) in theirs:
+                wrong = f"{value} is a network of the papers', and --backbones is {WORLD}"
+                raise InputError(f"--{name}", wrong, f"add --backbones {PAPERS} or a folder of their weights")
         if self.generated is not None:
             for name in ("run", "base", "adapter", "checkpoint"):
                 if getattr(self, name) is not None:

@@ -15,11 +15,14 @@ import lpips
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.models import AlexNet_Weights
 
 from vislora.diffusion.hub import brief
 from vislora.errors import InputError
 from vislora.metrics.backbones import PAPERS, WORLD, _world, weights_digest
 from vislora.metrics.transforms import Transform
+
+TRUNK = AlexNet_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]  # alexnet-owt-….pth, as torchvision's cache has it
 
 
 class Perceptual:
@@ -64,11 +67,12 @@ def perceptual(source: str = WORLD, device: torch.device | str = "cpu") -> Perce
         try:
             return Perceptual(_lpips(net="alex", version="0.1"), "lpips 0.1 alex", transform, device)
         except OSError as error:
-            wrong = f"torchvision's weights cannot be had ({brief(error)})"
-            raise InputError("alexnet", wrong, "put alexnet.safetensors into DIR and give --backbones DIR") from error
+            wrong = f"torchvision's file cannot be fetched ({brief(error)})"
+            remedy = f"put it into {torch.hub.get_dir()}/checkpoints, or its state as alexnet.safetensors into DIR and "
+            raise InputError(TRUNK, wrong, f"{remedy}give --backbones DIR") from error
     file = Path(source) / "alexnet.safetensors"
     if not file.is_file():
-        remedy = "put torchvision's alexnet there, its state saved as safetensors"
+        remedy = f"save the state in torchvision's {TRUNK} there as safetensors, under its own names"
         raise InputError(str(file), "no such file", remedy)
     network = _lpips(net="alex", version="0.1", pnet_rand=True)
     return Perceptual(_with_trunk(network, file), "lpips 0.1 alex", transform, device)

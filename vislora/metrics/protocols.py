@@ -1,7 +1,9 @@
 """What each paper's numbers are, by name: which network, which transform, which pairs, which mean.
 
-oft: `oft-db/eval.py` of OFT (Qiu et al. 2023), whose columns ETHER and NB-LoRA print too. dreambooth: Ruiz et al. 2023;
-its transform, not stated there, is that of DINO's hub code. customconcept: CustomConcept101 of Custom Diffusion.
+oft: `oft-db/eval.py` of OFT (Qiu et al. 2023), whose columns ETHER and NB-LoRA print too; its published numbers are of
+Hugging Face's dino-vits16, whose LayerNorms have an eps of 1e-12, and timm's, which is taken here, 1e-6. dreambooth:
+Ruiz et al. 2023; its transform, not stated there, is that of DINO's hub code. customconcept: CustomConcept101 of
+Custom Diffusion.
 dreambench_pp: DreamBench++'s DINO and CLIP columns, with one source image a subject; its DINOv2 and GPT are not here.
 """
 

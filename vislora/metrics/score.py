@@ -200,7 +200,7 @@ class Scorer:
         return features.matrix(pictures, backbone, self.cache)
 
     def result(self, protocol: Protocol) -> dict:
-        """Metrics, intervals, the real rows, what they are by subject and by prompt, counts and the record; plain."""
+        """Metrics and the real rows with intervals, metrics by subject and by prompt, counts and the record; plain."""
         found, real = self.cells(protocol)
         way = protocol.reduction
         metrics = {name: cells.mean(way) for name, cells in found.items()}
@@ -215,25 +215,43 @@ class Scorer:
             "metrics": metrics,
             "intervals": {name: cells.interval(way, self.resamples) for name, cells in found.items()},
             "real": {how: {name: cells.mean(way) for name, cells in row.items()} for how, row in real.items()},
+            "real_intervals": {
+                how: {name: cells.interval(way, self.resamples) for name, cells in row.items()}
+                for how, row in real.items()
+            },
             "counts": self.counts(found, real),
+            "black_files": [str(p.path) for own in self._pictures().values() for p in own if p.black],
             "record": self.record(protocol),
             "per_subject": by[0],
             "per_prompt": by[1],
         }
 
-    def counts(self, found: dict[str, Cells], real: dict[str, dict[str, Cells]]) -> dict[str, int]:
-        """How many subjects, images and pairs there were. `black`: all-black images, counted before any is left out."""
-        drawn = [p for s in self.subjects for g in s.groups for p in g.pictures]
+    def counts(self, found: dict[str, Cells], real: dict[str, dict[str, Cells]]) -> dict[str, int | str]:
+        """How many subjects, images and pairs there were. `prompts`: of each subject, "least-most" where they differ;
+        `black`: all-black generated images, counted before any is left out, `black_real` and `black_drift` photos and
+        images of class and unrelated prompts, the base's too."""
+        kinds = self._pictures()
+        prompts = sorted(len(s.groups) for s in self.subjects)
         return {
             "subjects": len(self.subjects),
-            "prompts": len({g.prompt for s in self.subjects for g in s.groups}),
-            "generated": len(drawn),
-            "real": sum(len(s.real) for s in self.subjects),
+            "prompts": prompts[0] if prompts[0] == prompts[-1] else f"{prompts[0]}-{prompts[-1]}",
+            "generated": len(kinds["black"]),
+            "real": len(kinds["black_real"]),
             "pairs": found["dino"].count,
             "pairs_within_a_prompt": found["lpips_div"].count,
             "real_pairs": real["exclude_self"]["dino"].count,
             "real_pairs_with_self": real["include_self"]["dino"].count,
-            "black": sum(p.black for p in drawn),
+            **{name: sum(p.black for p in pictures) for name, pictures in kinds.items()},
+        }
+
+    def _pictures(self) -> dict[str, list[Picture]]:
+        """{name of `counts`: the pictures among which it counts the black ones}."""
+        forgotten = [p for s in self.subjects for c in s.drift for p in (*c.adapted, *c.base)]
+        forgotten += [p for s in self.subjects for g in s.classes for p in g.pictures]
+        return {
+            "black": [p for s in self.subjects for g in s.groups for p in g.pictures],
+            "black_real": [p for s in self.subjects for p in s.real],
+            "black_drift": list({p.path: p for p in forgotten}.values()),  # the base's are all subjects'
         }
 
     def record(self, protocol: Protocol) -> dict:
@@ -244,6 +262,7 @@ class Scorer:
             "dino": dino.identifier,
             "dino_transform": dino.transform.name,
             "clip": clip.identifier,
+            "clip_activations": clip.activations,
             "clip_transform": clip.transform.name,
             "lpips": self.networks.perceptual.identifier,
             "lpips_column": "lpips_world" if world else "lpips",
@@ -253,7 +272,7 @@ class Scorer:
             "clip_t_scale": protocol.clip_t_scale,
             "clip_t_floor": protocol.clip_t_floor,
             "pairs": "first photo" if protocol.first_real else "all photos",
-            "texts": {g.prompt: g.text for g in self.subjects[0].groups},
+            "texts": {s.name: {g.prompt: g.text for g in s.groups} for s in self.subjects},
             "intervals": f"95 % percentile bootstrap over subjects, then prompts, {self.resamples} resamples",
             "precision": "float32, sums in float64",
             "versions": {name: version(name) for name in PACKAGES},
