@@ -85,14 +85,13 @@ GOALS = (
 
 def wanted(hosts: list[str], size: str) -> list[tuple[str, int, list[str], str]]:
     """(model, rank, variants, dtype) of the measurements that the goals on these models need."""
-    usual = ["frozen", "norms", "peft:lora", "lora", "nb_lora", "dora", "od_lora", "sorsa"]
-    lean = ["frozen", "norms", "peft:lora", "lora"]
+    lean, more = ["frozen", "peft:lora", "lora"], ["nb_lora", "dora", "od_lora", "sorsa"]
     found: dict[tuple[str, int, str], list[str]] = {}
     for goal in GOALS:
         if goal.host in hosts:
-            more = goal.name in ("P8", "P10", "OD", "SORSA")
-            key = goal.host, goal.rank if size != "tiny" else 4, goal.dtype
-            found[key] = usual if more or found.get(key) is usual else lean
+            own = found.setdefault((goal.host, goal.rank if size != "tiny" else 4, goal.dtype), list(lean))
+            asked = more if goal.name in ("P8", "P10", "OD", "SORSA") else ["norms"] if goal.name == "P13" else []
+            own += [variant for variant in asked if variant not in own]
     without = {host: HOSTS[host](size).without for host in hosts}
     return [(host, rank, [v for v in chosen if v not in without[host]], dtype)
             for (host, rank, dtype), chosen in found.items()]  # fmt: skip
