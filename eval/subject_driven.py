@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from vislora import config, world
 from vislora.diffusion import models, objective
 from vislora.diffusion.options import DreamBoothOptions
 from vislora.errors import EnvironmentFault, run_script
-from vislora.metrics import draw, drift, inputs, protocols
+from vislora.metrics import draw, drift, inputs, over_steps, protocols
 from vislora.metrics.cache import Cache, default_folder
 from vislora.metrics.cells import Cells
 from vislora.metrics.options import ScoreOptions
@@ -54,6 +55,24 @@ def main(argv: list[str]) -> None:
     options, _ = config.parse(ScoreOptions, argv, prog="subject_driven.py", description=__doc__.splitlines()[0])
     accelerator = Accelerator()
     use_cores(accelerator.num_processes, options.cpu_threads)
+    points = []
+    if options.checkpoint == "all":
+        place = Path(options.output_dir or options.run)
+        for step, path in inputs.checkpoints(options):
+            own = str(place / path.name) if options.output_dir else None
+            points.append((step, score(replace(options, checkpoint=path.name, output_dir=own), accelerator)))
+        options = replace(options, checkpoint=None)
+    first = score(options, accelerator, points)
+    if points and accelerator.is_main_process:
+        picture = over_steps.write(place / "eval", [*points, (inputs.last_step(options.run, points), first)])
+        best, dino = first["biased_best"], first["biased_best"]["metrics"]["dino"]
+        print(f"over steps {picture}")
+        print(f"The highest DINO, {dino:.4f}, is step {best['step']}'s: chosen by what is reported, so biased.")
+
+
+def score(options: ScoreOptions, accelerator: Accelerator, before: Sequence[tuple[int, dict]] = ()) -> dict | None:
+    """Draw, score, print and write one result, and return it on the main process. before: earlier steps' results, of
+    which with this one the best is told."""
     # What can be known to be wrong is found before anything is drawn.
     setup = None if options.generated else inputs.setup(options)
     output = Path(options.output_dir or options.generated) / "eval" if setup is None else setup.output
@@ -71,14 +90,18 @@ def main(argv: list[str]) -> None:
     scorer = Scorer(subjects, networks, cache, options.compat, more, part=part, share=_shared,
                     resamples=options.resamples)  # fmt: skip
     scorer.look()
-    if accelerator.is_main_process:
-        results = [scorer.result(protocol) for protocol in asked]
-        for result in results:
-            result["record"] |= record
-        first = {**results[0], "protocols": {result["protocol"]: result for result in results[1:]}}
-        print(table(results, options.include_self))
-        _write(output / RESULT, first)
-        print(f"\nresult     {output / RESULT}")
+    if not accelerator.is_main_process:
+        return None
+    results = [scorer.result(protocol) for protocol in asked]
+    for result in results:
+        result["record"] |= record
+    first = {**results[0], "protocols": {result["protocol"]: result for result in results[1:]}}
+    if before:
+        first["biased_best"] = over_steps.best_of([*before, (inputs.last_step(options.run, before), first)])
+    print(table(results, options.include_self))
+    _write(output / RESULT, first)
+    print(f"\nresult     {output / RESULT}")
+    return first
 
 
 class Drawing:

@@ -178,6 +178,32 @@ def test_a_checkpoint_takes_the_adapter_s_place(score, folder, model):
         score("--adapter", "none", "--checkpoint", "latest", "--output_dir", "x")
 
 
+@pytest.mark.parametrize("place", [None, "elsewhere"])
+def test_all_checkpoints_make_a_curve_and_the_best_step_is_told_as_biased(score, folder, model, capsys, place):
+    handle = vislora.load({"unet": UNet2DConditionModel.from_pretrained(model / "unet")}, folder)
+    for step, strength in ((3, 0.0), (6, 0.5)):
+        tensors = {name: strength * tensor for name, tensor in handle.named_tensors()}
+        checkpoint.save(folder / "checkpoints", step, {"adapter": tensors}, {}, None)
+    RunFolder(folder).write_metrics({"steps": 9})
+    checkpoint.save(folder / "checkpoints", 9, {"adapter": dict(handle.named_tensors())}, {}, None)  # the final one
+    out = [] if place is None else ["--output_dir", place]
+    final = score("--run", str(folder), *out, "--checkpoint", "all")
+    root = Path(place or folder) / "eval"
+    curve = json.loads((root / "over_steps.json").read_text())
+    assert [point["step"] for point in curve] == [3, 6, 9] and curve[0]["metrics"]["drift_denoising"] == 0
+    assert curve[-1]["metrics"] == final["metrics"] and curve[0]["metrics"] != curve[1]["metrics"]
+    best = max(curve, key=lambda point: point["metrics"]["dino"])
+    assert final["biased_best"]["step"] == best["step"] and final["biased_best"]["metrics"] == best["metrics"]
+    assert f"is step {best['step']}'s" in capsys.readouterr().out
+    one = Path(place, "checkpoint-6", "eval") if place else root / "checkpoint-6"
+    assert json.loads((one / "subject_driven.json").read_text())["metrics"] == curve[1]["metrics"]
+    with Image.open(root / "over_steps.png") as picture:
+        assert picture.width > 500
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(InputError, match="--checkpoint all: .*holds none before the run's end.*--checkpointing_steps"):
+        score("--run", str(folder), "--checkpoint", "all")
+
+
 def test_the_base_has_not_drifted(score, folder):
     result = score("--run", str(folder), "--adapter", "none", "--output_dir", "base")
     assert result["metrics"]["drift_dino"] == pytest.approx(0, abs=1e-9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,30 @@ def setup(options: ScoreOptions) -> Setup:
             raise InputError(f"--checkpoint {o.checkpoint}", error.wrong, f"name one in {root}, or latest") from error
         output = output if o.output_dir else output / place.name
     return Setup(base, adapter, _subjects(o, settings), settings, output, place)
+
+
+def checkpoints(options: ScoreOptions) -> list[tuple[int, Path]]:
+    """(step, folder) of all that --run has, oldest first, but for one of its last step, which is its final adapter's.
+    InputError where there is none."""
+    run = RunFolder(Path(options.run))
+    last = _steps(run)
+    found = [(step, path) for step, path in checkpoint.listed(run.checkpoints) if step != last]
+    if not found:
+        wrong = f"{run.checkpoints} holds none before the run's end"
+        raise InputError("--checkpoint all", wrong, "train with --checkpointing_steps N, or leave it out")
+    return found
+
+
+def last_step(run: str, before: Sequence[tuple[int, Any]]) -> int:
+    """The step of a run's final adapter: as its metrics.json says, or after all of `before` where that is missing."""
+    return _steps(RunFolder(Path(run))) or before[-1][0] + 1
+
+
+def _steps(run: RunFolder) -> int | None:
+    try:
+        return int(json.loads(run.metrics_file.read_text(encoding="utf-8"))["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _subjects(options: ScoreOptions, settings: dict[str, Any]) -> list[tuple[Subject, str]]:

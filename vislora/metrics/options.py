@@ -27,7 +27,7 @@ class ScoreOptions:
     )  # fmt: skip
     checkpoint: str | None = option(
         None, "of --run, in place of its final adapter: latest or a folder such as checkpoint-300; results go to "
-        "eval/checkpoint-300", group=_INPUT,
+        "eval/checkpoint-300; all: every one and the final adapter, for scores over steps", group=_INPUT,
     )  # fmt: skip
     generated: str | None = option(
         None, "a folder of images, or of subjects' folders of images, <prompt>_<number>.png; nothing is drawn",

@@ -162,6 +162,11 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def listed(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint under `root`, oldest first, whole or not: `load` tells."""
+    return sorted((step, path) for step, path in _candidates(root) if _FINAL.fullmatch(path.name))
+
+
 def _candidates(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint under `root`, newest first; a parked one where its step has no other."""
     found: dict[int, Path] = {}
