@@ -66,7 +66,7 @@ def score(run: Path, o: ForgettingOptions) -> dict:
     if options.source_dataset_name is None:
         raise InputError("--source_dataset_name", "neither the run nor you name source data", "give it")
     sets = task.with_bank(options, task.load(replace(options, knn=False)))
-    tower = models.load(options.model_name_or_path, options.library, options.pretrained)
+    tower = models.load(options.model_name_or_path, options.library, options.pretrained, options.seed)
     words = options.zero_shot_templates
     source = None if o.unlabelled else heads.source_head(tower, sets.source.classes, words)
     model = heads.Classifier(tower, len(sets.train.classes), source, options.seed, whole=False, frozen=True)

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     RunFolder.check(*(where := (options.output_dir, options.resume_from_checkpoint)), data=options.data)
     with accelerator.main_process_first():  # which may download
         sets = task.load(options)
-        tower = models.load(options.model_name_or_path, options.library, options.pretrained)
+        tower = models.load(options.model_name_or_path, options.library, options.pretrained, options.seed)
     model = classifier(options, method, tower, sets).to(accelerator.device)
     adapter = vislora.attach(tower.model, method, targets=options.target_words(), seed=options.seed)
     if options.export_rank is not None:

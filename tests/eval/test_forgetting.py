@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from script_runs import REPOSITORY
 from tiny_vit import image_folder, parquet_folder, save_timm
@@ -59,6 +60,20 @@ def test_a_run_is_scored_again_to_the_same_figures(runs):
     module("eval/forgetting.py").main(["--run", str(run), "--unlabelled", "--best"])
     found = json.loads((run / "forgetting.json").read_text())
     assert "source_accuracy" not in found and 0 < found["source_feature_cka"] <= 1 + 1e-9
+
+
+def test_a_run_from_random_weights_is_scored_again_to_the_same_figures(runs, tmp_path):
+    script, run = module("train_scripts/classification.py"), tmp_path / "run"
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    script.main(["--model_name_or_path", "test_vit", "--pretrained", "random", "--dataset_name",
+                 str(runs.parent / "target"), "--max_train_steps", "2", "--train_batch_size", "4", "--seed", "5",
+                 "--report_to", "none", "--adapter", "none", "--output_dir", str(run)])  # fmt: skip
+    torch.rand(3)
+    module("eval/forgetting.py").main(["--run", str(run), "--source_dataset_name", str(runs.parent / "source"),
+                                       "--unlabelled"])  # fmt: skip
+    found, said = json.loads((run / "forgetting.json").read_text()), json.loads((run / "metrics.json").read_text())
+    assert found["target_loss"] == pytest.approx(said["target_loss"], rel=1e-5)
 
 
 def test_runs_are_compared_over_seeds(runs, tmp_path):

@@ -151,6 +151,22 @@ def test_random_weights_on_request():
     assert tower.width == 64 and tower.source_head.out_features == 1000
 
 
+@pytest.mark.parametrize("library", ["timm", "transformers", "open_clip"])
+def test_random_weights_are_a_function_of_the_seed(folders, library):
+    name = str(world.ROOT / "assets" / "world" / "tiny-clip") if library == "open_clip" else str(folders[library])
+    if library == "timm":
+        name = "test_vit"
+    state = torch.random.get_rng_state()
+    one = models.load(name, pretrained="random", seed=3)
+    assert torch.equal(state, torch.random.get_rng_state())
+    torch.rand(3)
+    same, other = (models.load(name, pretrained="random", seed=seed) for seed in (3, 4))
+    pairs = [(p, same.state_dict()[n], other.state_dict()[n]) for n, p in one.state_dict().items()]
+    assert all(torch.equal(a, b) for a, b, _ in pairs) and any(not torch.equal(a, c) for a, _, c in pairs)
+    if one.source_head is not None:
+        assert torch.equal(one.source_head.weight, same.source_head.weight)
+
+
 @pytest.mark.parametrize("library", ["timm", "transformers"])
 @pytest.mark.parametrize("method", ["nb_lora", "full", "none"])
 def test_a_run_becomes_a_model_of_its_own(folders, library, method, tmp_path):
