@@ -56,6 +56,18 @@ def test_what_datasets_saved_is_the_same_as_its_parquet(tmp_path, monkeypatch):
         assert all(np.array_equal(one.read(i), two.read(i)) for i in range(len(one)))
 
 
+def test_one_saved_split_is_no_other(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    columns = {"image": [np.full((4, 4, 3), i, dtype=np.uint8) for i in range(3)], "label": [0, 1, 1]}
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
+    for split, there in ((datasets.Split.TEST, "test"), (None, "train")):
+        place = str(tmp_path / there)
+        datasets.Dataset.from_dict(columns, features=features, split=split).save_to_disk(place)
+        assert data.load(place, there).labels == (0, 1, 1)
+        with pytest.raises(InputError, match=f"it has {there}"):
+            data.load(place, {"test": "train", "train": "test"}[there])
+
+
 def test_idx_and_json_digits(tmp_path):
     rng = np.random.default_rng(0)
     pixels, labels = rng.integers(0, 256, (6, 28, 28)), np.arange(6) % 3

@@ -88,7 +88,9 @@ def _datasets(name: str, split: str, config: str | None, image: str | None, labe
     finally:
         if not bars:
             datasets.enable_progress_bars()
-    table = found[pick_split(split, list(found), name)] if isinstance(found, dict) else found
+    if not isinstance(found, dict):  # one split, which may know its name; datasets calls such a one train
+        found = {str(found.split or "train"): found}
+    table = found[pick_split(split, list(found), name)]
     image = _column(name, table.column_names, image, _IMAGES, "image")
     label = _column(name, table.column_names, label, _LABELS, "label")
     pictures = table.select_columns([image])
