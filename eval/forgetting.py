@@ -15,6 +15,7 @@ import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from accelerate import Accelerator
 
@@ -36,9 +37,15 @@ class ForgettingOptions:
     run: str | None = option(None, "the folder of a classification run that has ended")
     runs: tuple[str, ...] = option((), "several, or folders of runs, to compare")
     output: str | None = option(None, "folder for the comparison", aliases=("o",))
+    score: Literal["head", "knn10", "knn20", "knn100", "knn200"] = option(
+        "head", "what the comparison takes as source accuracy: the kept head's, or that of so many neighbours"
+    )
     best: bool = option(False, "score the best on validation instead of the run's own result")
     source_dataset_name: str | None = option(None, "another source set than the run's; none: the run's")
-    unlabelled: bool = option(False, "the source set's labels are not the model's: measure the drift of features alone")
+    unlabelled: bool = option(
+        False, "the source has no labels, or not the model's: measure the drift of features alone; the run's own too",
+        aliases=("source_unlabelled",),
+    )  # fmt: skip
     eval_batch_size: int | None = option(None, "images; none: the run's")
     cpu_threads: int | None = option(None, "threads to compute with; none: all cores")
 
@@ -51,7 +58,7 @@ def main(argv: list[str]) -> None:
     if o.runs:
         if o.output is None:
             raise InputError("--output", "is needed by --runs", "name a folder for tables and pictures")
-        found = compare.report([Path(run) for run in o.runs], Path(o.output))
+        found = compare.report([Path(run) for run in o.runs], Path(o.output), o.score)
         print(found)
         return
     use_cores(1, o.cpu_threads)
@@ -65,10 +72,11 @@ def score(run: Path, o: ForgettingOptions) -> dict:
         options = replace(options, source_dataset_name=o.source_dataset_name)
     if options.source_dataset_name is None:
         raise InputError("--source_dataset_name", "neither the run nor you name source data", "give it")
-    sets = task.with_bank(options, task.load(replace(options, knn=False)))
+    unlabelled = options.source_unlabelled or o.unlabelled
+    sets = task.load(replace(options, source_unlabelled=unlabelled, knn=False), offer_bank=True)
     tower = models.load(options.model_name_or_path, options.library, options.pretrained, options.seed)
     words = options.zero_shot_templates
-    source = None if o.unlabelled else heads.source_head(tower, sets.source.classes, words)
+    source = heads.source_head(tower, sets.source.classes, words)
     model = heads.Classifier(tower, len(sets.train.classes), source, options.seed, whole=False, frozen=True)
     place = run / "best" if o.best else run
     results.load_head(model.head, place)
@@ -80,10 +88,10 @@ def score(run: Path, o: ForgettingOptions) -> dict:
     size = o.eval_batch_size or options.eval_batch_size
     evaluate = Evaluator(accelerator, model, augment.evaluation(tower.preprocess), size,
                          options.dataloader_num_workers, options.channels_last)  # fmt: skip
-    old = SourceTask(evaluate, sets.source, sets.few, None if o.unlabelled else sets.bank)
+    old = SourceTask(evaluate, sets.source, sets.few, sets.bank)
     with adapter.disabled():
-        before = results.Source(*old.full())
-    after = results.Source(*old.full())
+        before = old.full()
+    after = old.full()
     out = evaluate(sets.test)
     target = metrics.scores(out.target, out.labels)
     norms = forgetting.update_norms(adapter)

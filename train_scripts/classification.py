@@ -114,7 +114,8 @@ class Run:
         self.network = accelerator.prepare(model)
         self.evaluate = Evaluator(accelerator, model, augment.evaluation(preprocess), o.eval_batch_size,
                                   o.dataloader_num_workers, o.channels_last)  # fmt: skip
-        self.source = SourceTask(self.evaluate, sets.source, sets.few, sets.bank) if sets.source else None
+        old = (sets.source, sets.few, sets.bank, sets.few_bank)
+        self.source = SourceTask(self.evaluate, *old) if sets.source else None
         self.nuclear_ratio = forgetting.NuclearRatio(adapter)
         self.every = o.eval_steps or max(1, self.total // 10)
         self.seconds, self.images = 0.0, 0
@@ -125,7 +126,7 @@ class Run:
         if self.main:
             begin(self.folder, o, self.adapter)
         with self.adapter.disabled():
-            before = self.source and results.Source(*self.source.full())
+            before = self.source and self.source.before()
         with telemetry.Log(self.folder, o.report_to if self.main else "none") as log, InterruptFlag() as stop:
             if start == 0:
                 self.measure(0, log)
@@ -225,12 +226,10 @@ class Run:
                 out = self.evaluate(self.sets.validation)
                 values["validation_accuracy"] = metrics.scores(out.target, out.labels).top1
                 self.tuned.consider(values["validation_accuracy"], step)
-            old = self.source and self.source.head(few=True)
-            if old is not None:
-                values["source_accuracy"] = old.top1
+            if self.source is not None:
+                values |= self.source.on_the_way()
             values["nuclear_ratio"] = self.nuclear_ratio()
-        if "source_accuracy" in values and "validation_accuracy" in values:
-            values["geometric_mean"] = forgetting.geometric_mean(old.top1, values["validation_accuracy"])
+        values |= forgetting.means(values, "validation_accuracy")
         if self.main:
             log.write(step, values, {})
             said = ", ".join(f"{k.replace('_', ' ')} {v:.1%}" for k, v in values.items() if k.endswith("accuracy"))
@@ -257,18 +256,16 @@ class Run:
     def finish(self, before: results.Source | None) -> None:
         """The last model and the best one, scored and saved, with tables, pictures and the card."""
         o, tuned, sets, folder = self.options, self.tuned, self.sets, self.folder
-        if tuned.ema is not None:
-            tuned.ema.copy_(tuned.ema.average)
-        last = {name: t.detach().clone() for name, t in tuned.tensors().items()}
-        if tuned.best.tensors:
-            tuned.load_tensors(tuned.best.tensors)
-            if self.main:
-                self.write_tensors(folder.path / "best")
-        if o.final_model == "last":
-            tuned.load_tensors(last)
+        ends: dict[str, float] = {}
+        for name, tensors in tuned.ends():  # what is reported comes at the end, and stays in the model
+            tuned.load_tensors(tensors)
+            if self.main and (name == "best" or o.final_model == "best"):
+                self.write_tensors(folder.path / name)
+            if name != o.final_model:
+                ends = results.end_figures(name, self.evaluate, sets.test, self.source)
         out = self.evaluate(sets.test)
         target = metrics.scores(out.target, out.labels)
-        after = self.source and results.Source(*self.source.full())
+        after = self.source and self.source.full()
         if not self.main:
             return
         self.write_tensors(folder.path)
@@ -279,7 +276,7 @@ class Run:
         figures = {
             "steps": self.total, "trainable_parameters": sum(p.numel() for p in self.adapter.parameters()),
             "head_parameters": sum(p.numel() for p in self.model.head.parameters()),
-            **results.target_figures(target), **results.source_figures(before, after, target.top1),
+            **results.target_figures(target), **results.source_figures(before, after, target.top1), **ends,
             "best_step": tuned.best.step, "best_validation_accuracy": tuned.best.accuracy,
             "nuclear_ratio": self.nuclear_ratio(), "final_model": o.final_model,
             "images_per_second": self.images / self.seconds if self.seconds else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from script_runs import REPOSITORY
-from tiny_vit import image_folder, parquet_folder, save_timm
+from tiny_vit import coloured, image_folder, parquet_folder, save_timm
 
 from vislora.errors import InputError
 from vislora.vision import compare, results
@@ -56,7 +57,7 @@ def test_a_run_is_scored_again_to_the_same_figures(runs):
     assert found["source_feature_cka"] == pytest.approx(said["source_feature_cka"], abs=1e-6)
     assert found["largest"]["nuclear_ratio"] == pytest.approx(said["nuclear_ratio"], rel=1e-4)
     assert set(found["norms"]) == {f"blocks.{i}.attn.qkv[{b}]" for i in range(2) for b in "qv"}
-    assert found["neighbours"] == {"k": [10], "bank": 16} and "source_knn10_accuracy" in found
+    assert found["neighbours"] == {"k": [10], "bank": 16} and found["source_knn10_accuracy"] > 1 / 4
     module("eval/forgetting.py").main(["--run", str(run), "--unlabelled", "--best"])
     found = json.loads((run / "forgetting.json").read_text())
     assert "source_accuracy" not in found and 0 < found["source_feature_cka"] <= 1 + 1e-9
@@ -74,6 +75,38 @@ def test_a_run_from_random_weights_is_scored_again_to_the_same_figures(runs, tmp
                                        "--unlabelled"])  # fmt: skip
     found, said = json.loads((run / "forgetting.json").read_text()), json.loads((run / "metrics.json").read_text())
     assert found["target_loss"] == pytest.approx(said["target_loss"], rel=1e-5)
+
+
+def test_other_sources_than_the_runs_own(runs, tmp_path, capsys):
+    run, script = runs / "nb0.8-1", module("eval/forgetting.py")
+    (tmp_path / "photos").mkdir()
+    for i in range(6):
+        coloured(i % 3, i).save(tmp_path / "photos" / f"{i}.png")
+    script.main(["--run", str(run), "--source_dataset_name", str(tmp_path / "photos"), "--unlabelled"])
+    found = json.loads((run / "forgetting.json").read_text())
+    assert found["source_images"] == 6 and 0 < found["source_feature_cka"] < 1
+    image_folder(tmp_path / "tested", train=1, test=2)
+    shutil.rmtree(tmp_path / "tested" / "train")
+    script.main(["--run", str(run), "--source_dataset_name", str(tmp_path / "tested")])
+    found = json.loads((run / "forgetting.json").read_text())
+    assert found["neighbours"] == {"k": [], "bank": 0} and "source_accuracy" in found
+    assert "no scores by neighbours" in capsys.readouterr().err
+
+
+def test_runs_are_compared_by_neighbours(runs, tmp_path):
+    run = tmp_path / "runs" / "one"
+    run.mkdir(parents=True)
+    shutil.copy(runs / "nb0.1-0" / "config.yaml", run)
+    found = {"target_accuracy": 0.5, "source_knn20_accuracy": 0.32, "geometric_mean_knn20": 0.4, "nuclear_ratio": 0.1}
+    (run / "metrics.json").write_text(json.dumps(found))
+    shutil.copy(runs / "nb0.1-0" / "metrics.jsonl", run)
+    argv = ["--runs", str(run), "-o", str(tmp_path / "out")]
+    module("eval/forgetting.py").main([*argv, "--score", "knn20"])
+    with open(tmp_path / "out" / "compared.csv", newline="") as file:
+        row = next(csv.DictReader(file))
+    assert float(row["source_knn20_accuracy"]) == 0.32 and float(row["geometric_mean_knn20"]) == 0.4
+    with pytest.raises(InputError, match="has no source_accuracy.*another --score"):
+        module("eval/forgetting.py").main(argv)
 
 
 def test_runs_are_compared_over_seeds(runs, tmp_path):

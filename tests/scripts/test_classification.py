@@ -19,7 +19,7 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from script_runs import REPOSITORY, compiles, refused
-from tiny_vit import image_folder, parquet_folder, save_timm
+from tiny_vit import coloured, image_folder, parquet_folder, save_timm
 
 import vislora
 from vislora import config
@@ -99,14 +99,25 @@ def test_a_run_leaves_everything_and_can_be_run_again(run, world):
     assert said["geometric_mean"] == pytest.approx((said["source_accuracy"] * said["target_accuracy"]) ** 0.5)
     assert said["forgetting"] == pytest.approx(said["source_accuracy_before"] - said["source_accuracy"])
     assert 0 < said["nuclear_ratio"] <= 0.1 * 1.00001 and 0 < said["source_feature_cka"] <= 1 + 1e-9
-    assert said["source_knn10_accuracy"] >= 0 and said["images_per_second"] > 0 and said["peak_memory_mib"] > 0
+    assert said["images_per_second"] > 0 and said["peak_memory_mib"] > 0
+    knn = said["source_knn20_accuracy"]
+    assert said["geometric_mean_knn20"] == pytest.approx((knn * said["target_accuracy"]) ** 0.5)
+    assert said["arithmetic_mean_knn20"] == pytest.approx((knn + said["target_accuracy"]) / 2)
     with open("runs/0001/source_per_class.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [r["class"] for r in rows] == [f"thing{i}" for i in range(4)]
     assert sum(float(r["forgetting"]) for r in rows) / 4 == pytest.approx(said["forgetting"], abs=1e-5)
+    lost = said["source_knn20_accuracy_before"] - knn
+    assert sum(float(r["knn20_forgetting"]) for r in rows) / 4 == pytest.approx(lost, abs=1e-5)
     curve = [e for e in lines("runs/0001") if "source_accuracy" in e]
     assert [e["step"] for e in curve] == [0, 2, 4]
     assert curve[0]["source_accuracy"] == said["source_accuracy_before"]
+    assert curve[0]["source_knn20_accuracy"] == said["source_knn20_accuracy_before"]  # all of it is few enough here
+    assert curve[-1]["source_knn20_accuracy"] == knn and knn > 1 / 4
+    assert curve[0]["source_feature_cka"] == pytest.approx(1, abs=1e-6)
+    assert curve[-1]["source_feature_cka"] == pytest.approx(said["source_feature_cka"], abs=1e-9)
+    both = curve[-1]["validation_accuracy"] * knn
+    assert curve[-1]["geometric_mean_knn20"] == pytest.approx(both**0.5)
     card = Path("runs/0001/README.md").read_text()
     assert "curve.png" in card and "0.1 times the weight's own norm" in card and "source accuracy after" in card
 
@@ -316,6 +327,23 @@ def test_the_best_on_validation_can_be_the_result(run):
     assert said["best_step"] == next(e["step"] for e in scores if e["validation_accuracy"] == top)
 
 
+@pytest.mark.parametrize("ema", [(), ("--ema_decay", "0.5")])
+def test_last_and_best_are_both_kept_and_scored_whichever_is_reported(run, ema):
+    steps = ("--max_train_steps", "3", "--eval_steps", "1", "--learning_rate", "0.3", "--head_lr", "3.0")
+    for final, other in (("last", "best"), ("best", "last")):
+        run("--final_model", final, "--output_dir", final, *steps, *ema)
+        assert Path(final, "last").is_dir() == (final == "best") and Path(final, "best").is_dir()
+        assert {"target", "source"} == {k.split("_")[1] for k in metrics(final) if k.startswith(f"{other}_")
+                                        and k.endswith("_accuracy") and k != "best_validation_accuracy"}  # fmt: skip
+    for file in ("adapter/adapter.safetensors", "head.safetensors"):
+        for one, two in (("last", "best/last"), ("best", "last/best"), ("best", "best/best")):
+            first, second = (load_file(Path(place) / file) for place in (one, two))
+            assert all(torch.equal(t, second[k]) for k, t in first.items()), (one, two, file)
+    for name, other in (("last", "best"), ("best", "last")):
+        for task in ("target", "source"):
+            assert metrics(name)[f"{task}_accuracy"] == metrics(other)[f"{name}_{task}_accuracy"]
+
+
 def test_without_source_data_or_validation(run):
     run("--dry_run")
     assert not Path("runs").exists()
@@ -323,6 +351,64 @@ def test_without_source_data_or_validation(run):
     run(*argv, without=("--source_dataset_name",))
     said = metrics("runs/0001")
     assert "source_accuracy" not in said and said["best_step"] == 0 and not Path("runs/0001/best").exists()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Images without labels, in no order."""
+    (tmp_path / "photos").mkdir()
+    for i in range(8):
+        coloured(i % 4, i, 7).save(tmp_path / "photos" / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def test_a_source_without_labels_is_watched_by_its_features(run, photos, capsys):
+    flags = ("--source_dataset_name", str(photos), "--source_unlabelled", "--learning_rate", "0.05")
+    run(*flags, "--checkpointing_steps", "2", "--output_dir", "run")
+    said, drift = metrics("run"), [e["source_feature_cka"] for e in lines("run") if "source_feature_cka" in e]
+    assert "source_accuracy" not in said and said["source_images"] == 8 and "linear CKA" in capsys.readouterr().out
+    assert drift[0] == pytest.approx(1, abs=1e-6) and drift[-1] == pytest.approx(said["source_feature_cka"], abs=1e-9)
+    assert len(drift) == 3 and drift[-1] < 0.9999
+    for file in Path("run/checkpoints/checkpoint-4").iterdir():
+        file.unlink()
+    Path("run/checkpoints/checkpoint-4").rmdir()
+    run(*flags, "--checkpointing_steps", "2", "--output_dir", "run", "--resume_from_checkpoint", "latest")
+    assert [e["source_feature_cka"] for e in lines("run") if "source_feature_cka" in e] == drift
+    assert "leave one of them out" in refused(run, capsys, *flags, "--knn")
+
+
+def test_a_bare_backbone_is_watched_by_neighbours(run, tmp_path):
+    save_timm(tmp_path / "bare", classes=0)
+    run("--model_name_or_path", str(tmp_path / "bare"), "--knn", "--max_source_samples", "12", "--output_dir", "run")
+    said, curve = metrics("run"), [e for e in lines("run") if "source_knn10_accuracy" in e]
+    assert [e["step"] for e in curve] == [0, 2, 4] and "source_accuracy" not in said
+    assert all("source_knn20_accuracy" not in e for e in curve)  # among 12 on the way, all 24 at the end
+    assert said["source_knn20_accuracy_before"] > 1 / 4 and "geometric_mean_knn20" in said
+    header = Path("run/source_per_class.csv").read_text().splitlines()[0]
+    assert header == "class,images,knn20_before,knn20_after,knn20_forgetting"
+
+
+def test_neighbours_need_a_bank_of_the_same_task(run, tmp_path, capsys):
+    few = parquet_folder(tmp_path / "few", train=2)
+    flags = ("--knn", "--source_dataset_name")
+    assert "gives 8 images to look for neighbours among, fewer than 10" in refused(run, capsys, *flags, str(few))
+    other = parquet_folder(tmp_path / "other")
+    for split, file in (("train", parquet_folder(tmp_path / "less", classes=3)), ("", None)):
+        if file:
+            name = f"data/{split}-00000-of-00001.parquet"
+            (other / name).write_bytes((file / name).read_bytes())
+    assert "has 3 classes in train, others in test (4)" in refused(run, capsys, *flags, str(other))
+
+
+def test_the_columns_of_the_source_can_be_named(run, tmp_path):
+    from pyarrow import parquet
+
+    folder = parquet_folder(tmp_path / "renamed")
+    for file in (folder / "data").iterdir():
+        parquet.write_table(parquet.read_table(file).rename_columns(["picture", "kind"]), file)
+    columns = ("--source_image_column_name", "picture", "--source_label_column_name", "kind")
+    run("--source_dataset_name", str(folder), *columns, "--max_train_steps", "1")
+    assert metrics("runs/0001")["source_images"] == 16
 
 
 def test_refusals_before_anything_is_made(run, world, capsys):

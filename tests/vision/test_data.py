@@ -56,6 +56,30 @@ def test_what_datasets_saved_is_the_same_as_its_parquet(tmp_path, monkeypatch):
         assert all(np.array_equal(one.read(i), two.read(i)) for i in range(len(one)))
 
 
+def test_images_without_labels(tmp_path):
+    from pyarrow import parquet
+
+    (tmp_path / "flat" / "deep").mkdir(parents=True)
+    for name in ("b.png", "a.png", "deep/c.png"):
+        Image.new("RGB", (4, 4), (len(name), 0, 0)).save(tmp_path / "flat" / name)
+    with pytest.raises(InputError, match="no split 'test'"):
+        data.load(str(tmp_path / "flat"), "test")
+    found = data.load(str(tmp_path / "flat"), "test", labelled=False)
+    assert found.classes == () and found.labels == (0, 0, 0) and found.read(2).getpixel((0, 0)) == (10, 0, 0)
+    folder = image_folder(tmp_path / "set", classes=2, train=3, test=1)
+    assert [len(data.load(str(folder), s, labelled=False)) for s in ("train", "test", "train+test")] == [6, 2, 8]
+    folder = parquet_folder(tmp_path / "parquet", classes=2, train=3, test=2)
+    file = folder / "data" / "validation-00000-of-00001.parquet"
+    parquet.write_table(parquet.read_table(file).drop_columns(["label"]), file)
+    with pytest.raises(InputError, match="none of the columns label"):
+        data.load(str(folder), "test")
+    found = data.load(str(folder), "test", labelled=False)
+    assert found.classes == () and len(found) == 4 and found.read(3).size == (16, 20)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match="holds no image"):
+        data.load(str(tmp_path / "none"), "test", labelled=False)
+
+
 def test_one_saved_split_is_no_other(tmp_path):
     datasets = pytest.importorskip("datasets")
     columns = {"image": [np.full((4, 4, 3), i, dtype=np.uint8) for i in range(3)], "label": [0, 1, 1]}

@@ -22,6 +22,7 @@ _SCORES = {
     "source_accuracy": "source accuracy after, by the kept head", "geometric_mean": "geometric mean of both tasks",
     "source_knn20_accuracy_before": "source accuracy by 20 neighbours before",
     "source_knn20_accuracy": "source accuracy by 20 neighbours after",
+    "geometric_mean_knn20": "geometric mean of both tasks, the source by 20 neighbours",
     "source_feature_cka": "linear CKA of the source's features, before with after",
 }  # fmt: skip
 _CAUTION = """A bound on the weights is no bound on

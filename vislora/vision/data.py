@@ -62,21 +62,31 @@ class ImageSet:
 
 
 def load(name: str, split: str, *, config: str | None = None, root: str = "data", image_column: str | None = None,
-         label_column: str | None = None) -> ImageSet:  # fmt: skip
+         label_column: str | None = None, labelled: bool = True) -> ImageSet:  # fmt: skip
     """One split of the dataset called `name`.
 
     name: a torchvision set (see `torchvision_sets.NAMES`), a folder, or a hub id. A folder may hold a dataset that
     `datasets` reads (save_to_disk's, or parquet), train/ and test/ of class folders, idx files, or JSON digits.
     split: "train", "test" (the folder's or hub's validation split where it has no test), or as it is called there;
     several joined by +. config: of a hub dataset, or the partition of a torchvision set that has several. root: where
-    torchvision's sets lie or go. Raises InputError, in one line, for what is missing, with the layout to fill.
+    torchvision's sets lie or go. labelled: False for images alone, of which a folder may then hold any, in any depth;
+    the set has no classes, and zeros for labels.
+    Raises InputError, in one line, for what is missing, with the layout to fill.
     """
-    from vislora.vision import digits, tables, torchvision_sets
-
+    words = {"config": config, "root": root, "image_column": image_column, "label_column": label_column}
     parts = [p for p in split.split("+") if p]
     if len(parts) > 1:
-        words = {"config": config, "root": root, "image_column": image_column, "label_column": label_column}
-        return join([load(name, part, **words) for part in parts])
+        return join([load(name, part, labelled=labelled, **words) for part in parts])
+    found = _load(name, split, labelled=labelled, **words)
+    return found if labelled else replace(found, classes=(), labels=(0,) * len(found))
+
+
+def _load(name: str, split: str, config: str | None, root: str, image_column: str | None, label_column: str | None,
+          labelled: bool) -> ImageSet:  # fmt: skip
+    """One split, by what `name` turns out to be."""
+    from vislora.vision import digits, tables, torchvision_sets
+
+    columns = (image_column, label_column) if labelled else (image_column,)
     folder = Path(name)
     if torchvision_sets.known(name) and not folder.is_dir():
         return torchvision_sets.load(name, split, root, config)
@@ -85,12 +95,12 @@ def load(name: str, split: str, *, config: str | None = None, root: str = "data"
             sets = torchvision_sets.NAMES
             wrong = f"is no folder and no set of torchvision{near(name.lower(), sets)}"
             raise InputError(f"dataset {name}", wrong, f"name a folder, a hub id, or {', '.join(sets)}")
-        return tables.load(name, split, config, image_column, label_column)
+        return tables.load(name, split, config, *columns)
     if digits.recognise(folder):
         return digits.load(folder, split)
     if tables.recognise(folder):
-        return tables.load(name, split, config, image_column, label_column)
-    return _class_folders(folder, split)
+        return tables.load(name, split, config, *columns)
+    return _class_folders(folder, split) if labelled else _images(folder, split)
 
 
 def join(sets: Sequence[ImageSet]) -> ImageSet:
@@ -117,6 +127,17 @@ def pick_split(asked: str, there: Sequence[str], name: str) -> str:
             return found[0]
     wrong = f"has no split {asked!r}{near(asked, there)}"
     raise InputError(f"dataset {name}", wrong, f"it has {', '.join(there) or 'none'}")
+
+
+def _images(folder: Path, split: str) -> ImageSet:
+    """Every image under folder/SPLIT, or under the folder where it has no such split, by path."""
+    splits = [p.name for p in folder.iterdir() if p.is_dir()]
+    there = split in splits or (split in _TESTS and any(word in splits for word in _TESTS))
+    place = folder / pick_split(split, splits, str(folder)) if there else folder
+    files = sorted(file for file in place.rglob("*") if file.suffix.lower() in images.EXTENSIONS)
+    if not files:
+        raise InputError(str(place), "holds no image", "put them there")
+    return ImageSet(str(folder), (), (0,) * len(files), lambda i: images.read(files[i]))
 
 
 def _class_folders(folder: Path, split: str) -> ImageSet:

@@ -71,16 +71,20 @@ def new_head(width: int, classes: int, seed: int) -> nn.Linear:
 
 
 def source_head(tower: Tower, classes: Sequence[str], templates: str) -> nn.Module | None:
-    """The head that knows the source's classes: the model's own, or a CLIP's zero-shot one; None for a bare model.
+    """The head that knows the source's classes: the model's own, or a CLIP's zero-shot one; None for a bare model, and
+    without classes (a source without labels).
 
     Raises InputError where the model's head has another number of classes than the source data.
     """
+    if not classes:
+        return None
     if tower.clip is not None:
         return zero_shot(tower, classes, templates)
     head = tower.source_head
     if head is not None and head.out_features != len(classes):
         wrong = f"has {len(classes)} classes, the model's own head {head.out_features}"
-        raise InputError("--source_dataset_name", wrong, "name the data that the model was trained on")
+        remedy = "name the data that the model was trained on, or --source_unlabelled"
+        raise InputError("--source_dataset_name", wrong, remedy)
     return head
 
 

@@ -63,6 +63,12 @@ class ClassificationOptions:
         None, "what the model knew before, as --dataset_name; none: forgetting is not measured", group=_SOURCE
     )
     source_config_name: str | None = option(None, "as --dataset_config_name", group=_SOURCE)
+    source_unlabelled: bool = option(
+        False, "its labels are missing, or not those of the model's head: measure the drift of features alone",
+        group=_SOURCE, aliases=("unlabelled",),
+    )  # fmt: skip
+    source_image_column_name: str | None = option(None, "as --image_column_name", group=_SOURCE)
+    source_label_column_name: str | None = option(None, "as --label_column_name", group=_SOURCE)
     source_train_split: str = option("train", "neighbours are sought there", group=_SOURCE)
     source_test_split: str = option("test", "as --test_split", group=_SOURCE)
     max_source_samples: int | None = option(
@@ -72,7 +78,9 @@ class ClassificationOptions:
     zero_shot_templates: str = option(
         "openai", "of a CLIP's source head: simple, openai, or a file with a template a line", group=_SOURCE
     )
-    knn: bool = option(False, "score the source by neighbours too, before and after training", group=_SOURCE)
+    knn: bool = option(
+        False, "score the source by neighbours too; on the way among as many as --max_source_samples", group=_SOURCE
+    )
 
     crop_scale: float = option(1.0, "below 1: random crops of this share of the area or more", group=_IMAGE)
     hflip: float = option(0.0, "chance of mirroring", group=_IMAGE)
@@ -118,7 +126,7 @@ class ClassificationOptions:
     ema_decay: float | None = option(None, "score and keep an average of what trains; 0.999 is usual", group=_TRAIN)
     ema_warmup: bool = option(True, "let early averages forget the start", group=_TRAIN)
     final_model: Literal["last", "best"] = option(
-        "last", "what is reported and saved as the adapter; the best on validation is kept beside it", group=_TRAIN
+        "last", "what is reported and saved as the adapter; the other is kept and scored beside it", group=_TRAIN
     )
 
     optimizer: Literal["adamw", "scaled_adamw", "lora_pro", "alt_lora"] = option(
@@ -184,6 +192,8 @@ class ClassificationOptions:
             raise InputError("--dataloader_num_workers", f"{self.dataloader_num_workers} is negative", "give 0 or more")
         if self.final_model == "best" and not self.train_val_split:
             raise InputError("--final_model", "best beside --train_val_split 0: nothing to choose by", "hold some out")
+        if self.knn and self.source_unlabelled:
+            raise InputError("--knn", "has no labels to vote with beside --source_unlabelled", "leave one of them out")
         own_options(self)
 
     @property
@@ -198,6 +208,8 @@ class ClassificationOptions:
                 raise InputError(f"--{name}", "is not given", "give both the model and the data, or neither")
         if self.knn and self.source_dataset_name is None:
             raise InputError("--knn", "has no source data to look in", "give --source_dataset_name")
+        if self.source_unlabelled and self.source_dataset_name is None:
+            raise InputError("--source_unlabelled", "has no source data", "give --source_dataset_name")
 
     def target_words(self) -> str | tuple[str, ...] | None:
         """`targets` as `vislora.attach` takes it: one word may be a preset or a pattern."""

@@ -97,6 +97,15 @@ class Tuned:
         if accuracy > self.best.accuracy:
             self.best = Best(accuracy, step, {n: t.detach().cpu().clone() for n, t in self.tensors().items()})
 
+    def ends(self) -> list[tuple[str, dict[str, Tensor]]]:
+        """("last" or "best", its tensors), of which the one that --final_model names comes at the end; without
+        validation there is no best. The average takes the place of what trained first, where there is one."""
+        if self.ema is not None:
+            self.ema.copy_(self.ema.average)
+        found = [("last", {name: t.detach().clone() for name, t in self.tensors().items()})]
+        found += [("best", self.best.tensors)] if self.best.tensors else []
+        return sorted(found, key=lambda end: end[0] == self.options.final_model)
+
     # ---- checkpoints
 
     def save(self, root: Path, step: int, about: Mapping[str, Any]) -> Path:
