@@ -4,16 +4,16 @@
     python eval/forgetting.py --runs RUN RUN ... -o COMPARED
 
 The first scores the model of RUN again on all images, by the kept head and by neighbours, and writes its
-forgetting.json with source_per_class.csv and the pictures. The second compares runs that have ended, such as a sweep's
-folder: adaptation against forgetting with the Pareto front, accuracy against steps, the geometric mean over each option
-that differs, means over seeds with intervals.
+forgetting.json with source_per_class.csv and the pictures (with --best into RUN/best). The second compares runs that
+have ended, such as a sweep's folder: adaptation against forgetting with the Pareto front, accuracy against steps, the
+geometric mean over each option that differs, means over seeds with intervals.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +27,7 @@ from vislora.training.cores import use_cores
 from vislora.training.run import RunFolder
 from vislora.vision import augment, compare, forgetting, heads, metrics, models, plots, results, task
 from vislora.vision.evaluate import Evaluator, SourceTask, preprocess_words
+from vislora.vision.options import ClassificationOptions
 from vislora.vision.whole import read_run
 
 
@@ -42,6 +43,11 @@ class ForgettingOptions:
     )
     best: bool = option(False, "score the best on validation instead of the run's own result")
     source_dataset_name: str | None = option(None, "another source set than the run's; none: the run's")
+    source_config_name: str | None = option(None, "as the script's, for that set; so the next four")
+    source_train_split: str | None = option(None, "none: the run's, or train of another set")
+    source_test_split: str | None = option(None, "none: the run's, or test of another set")
+    source_image_column_name: str | None = option(None, "of a Hugging Face dataset")
+    source_label_column_name: str | None = option(None, "the same")
     unlabelled: bool = option(
         False, "the source has no labels, or not the model's: measure the drift of features alone; the run's own too",
         aliases=("source_unlabelled",),
@@ -65,15 +71,23 @@ def main(argv: list[str]) -> None:
     print(json.dumps(score(Path(o.run), o), indent=1))
 
 
+def with_source(options: ClassificationOptions, o: ForgettingOptions) -> ClassificationOptions:
+    """The run's options with the source that `o` tells of; what it leaves out is the run's, or usual for another set."""
+    names = [f.name for f in fields(o) if f.name.startswith("source_")]
+    given = {name: getattr(o, name) for name in names if getattr(o, name) is not None}
+    other = o.source_dataset_name not in (None, options.source_dataset_name)
+    usual = {name: getattr(ClassificationOptions, name) for name in names} if other else {}
+    unlabelled = o.unlabelled or (options.source_unlabelled and not other)
+    return replace(options, **(usual | given), source_unlabelled=unlabelled, knn=False)
+
+
 def score(run: Path, o: ForgettingOptions) -> dict:
-    """Write run/forgetting.json and what goes with it; returns what stands in it."""
+    """Write forgetting.json and what goes with it into the run, or its best/; returns what stands in it."""
     options, method = read_run(run)
-    if o.source_dataset_name is not None:
-        options = replace(options, source_dataset_name=o.source_dataset_name)
+    options = with_source(options, o)
     if options.source_dataset_name is None:
         raise InputError("--source_dataset_name", "neither the run nor you name source data", "give it")
-    unlabelled = options.source_unlabelled or o.unlabelled
-    sets = task.load(replace(options, source_unlabelled=unlabelled, knn=False), offer_bank=True)
+    sets = task.load(options, offer_bank=True)
     tower = models.load(options.model_name_or_path, options.library, options.pretrained, options.seed)
     words = options.zero_shot_templates
     source = heads.source_head(tower, sets.source.classes, words)
@@ -102,11 +116,11 @@ def score(run: Path, o: ForgettingOptions) -> dict:
         "largest": {kind: max((row[kind] for row in norms.values()), default=0.0) for kind in kinds},
         "preprocess": preprocess_words(tower.preprocess), "norms": norms,
     }  # fmt: skip
-    (run / "forgetting.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    results.write_tables(run, sets.train.classes, target, sets.source.classes, before, after)
+    (place / "forgetting.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    results.write_tables(place, sets.train.classes, target, sets.source.classes, before, after)
     lines = RunFolder(run).lines_file
     if lines.is_file():
-        plots.over_steps(run / "curve.png", {adapter.method_name: results.curve(lines)})
+        plots.over_steps(place / "curve.png", {adapter.method_name: results.curve(lines)})
     return {key: value for key, value in found.items() if key != "norms"}
 
 

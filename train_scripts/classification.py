@@ -244,9 +244,7 @@ class Run:
         saved = checkpoint.load(checkpoint.resolve(self.folder.checkpoints, self.options.resume_from_checkpoint))
         about = self.about()
         require_same_run(saved.state["config"], about["config"], FREE_ON_RESUME)
-        if saved.state["data"] != about["data"]:
-            wrong = "holds other images than the run began with"
-            raise InputError(self.options.dataset_name, wrong, "restore them, or start a new run")
+        self.sets.require_same(saved.state["data"])
         self.tuned.load(saved)
         if self.main:
             self.folder.rewind(saved.step)

@@ -154,6 +154,19 @@ def test_full_fine_tuning_trains_all_and_moves_the_source(run, world):
     vislora.load(tower.model, "runs/0001/adapter")
 
 
+def test_the_cards_code_loads_the_weights_that_the_run_began_with(run, tmp_path):
+    run("--model_name_or_path", "test_vit", "--pretrained", "random", "--seed", "7", "--adapter", "none",
+        "--source_unlabelled", "--max_train_steps", "1", "--output_dir", "run")  # fmt: skip
+    code = Path("run/README.md").read_text().split("```python\n")[1].split("```")[0]
+    found = {"images": torch.zeros(1, 3, 160, 160)}
+    assert "models.load('test_vit', pretrained='random', seed=7)" in code
+    torch.rand(3)
+    exec(compile(code, "README.md", "exec"), found)
+    same = models.load("test_vit", pretrained="random", seed=7).state_dict()
+    assert all(torch.equal(t, same[n]) for n, t in found["tower"].state_dict().items())
+    assert found["logits"].shape == (1, 3)
+
+
 EVERYTHING = ("--adapter", "lora", "--rank", "2", "--dropout", "0.3", "--gradient_accumulation_steps", "2",
               "--auto_augment", "randaugment", "--hflip", "0.5", "--crop_scale", "0.5", "--random_erasing", "0.3",
               "--mixup_alpha", "0.2", "--cutmix_alpha", "1.0", "--label_smoothing", "0.1", "--ema_decay", "0.9",
@@ -194,6 +207,22 @@ def test_another_run_is_not_gone_on_with(run, capsys):
     resume = ("--output_dir", "run", "--resume_from_checkpoint", "latest")
     assert "mixup_alpha was 0.0, is 0.5" in refused(run, capsys, *resume, "--mixup_alpha", "0.5")
     assert "max_train_steps" in refused(run, capsys, *resume, "--max_train_steps", "9")
+
+
+def test_neighbours_may_be_asked_for_by_a_resumed_run_and_other_labels_are_told(run, tmp_path, capsys):
+    image_folder(tmp_path / "target", 3, seed=5)
+    flags = ("--dataset_name", str(tmp_path / "target"), "--output_dir", "run", "--max_train_steps", "2")
+    run(*flags, "--checkpointing_steps", "1")
+    for file in Path("run/checkpoints/checkpoint-2").iterdir():
+        file.unlink()
+    Path("run/checkpoints/checkpoint-2").rmdir()
+    resume = (*flags, "--checkpointing_steps", "1", "--resume_from_checkpoint", "latest")
+    (tmp_path / "target/train/class0/0.png").rename(tmp_path / "target/train/class1/x.png")
+    said = refused(run, capsys, *resume, "--knn")
+    assert "has other classes or labels, or another order, in train" in said
+    (tmp_path / "target/train/class1/x.png").rename(tmp_path / "target/train/class0/0.png")
+    run(*resume, "--knn")
+    assert "source_knn20_accuracy" in metrics("run")
 
 
 def test_the_gradient_probe_is_logged_and_changes_neither_adapter_nor_head(run):

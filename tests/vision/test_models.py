@@ -61,6 +61,21 @@ def test_a_clip_gives_its_image_features_and_a_zero_shot_head(tmp_path):
         heads.zero_shot(tower, ["dog"], str(tmp_path / "words.txt"))
 
 
+def test_the_source_head_goes_by_names_where_there_are_any(folders, caplog):
+    tower = models.load(str(folders["timm"]))
+    x, head = torch.randn(2, 24), tower.source_head
+    tower.source_classes = ("a cat", "dog", "Owl", "bus")
+    found = heads.source_head(tower, ["bus", "a_cat", "dog", "owl"], "simple")
+    with torch.no_grad():
+        torch.testing.assert_close(found(x), head(x)[:, [3, 0, 1, 2]])
+    assert heads.source_head(tower, ["a cat", "dog", "owl", "bus"], "simple") is head and not caplog.records
+    assert heads.source_head(tower, ["sun", "moon", "star", "sky"], "simple") is head
+    assert "sun, moon, star" in caplog.text
+    caplog.clear()
+    tower.source_classes = tuple(f"LABEL_{i}" for i in range(4))
+    assert heads.source_head(tower, ["sun", "moon", "star", "sky"], "simple") is head and not caplog.records
+
+
 def trained(tower: models.Tower, adapter, steps: int = 6) -> tuple[list[float], list[torch.Tensor]]:
     """The losses of some steps, and the deltas of q and v in order."""
     torch.manual_seed(3)

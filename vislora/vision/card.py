@@ -50,7 +50,7 @@ def run_card(folder: RunFolder, o: ClassificationOptions, certificate: Mapping, 
         f"{kind} of {code(base)} on {code(Path(o.dataset_name).name)} ({len(classes)} classes){old}.",
         f"| score | |\n|---|---|\n{rows}",
         "\n\n".join(pictures),
-        f"## Use\n\n{_usage(folder, base, o.library, exported)}",
+        f"## Use\n\n{_usage(folder, o, exported)}",
     ]
     if method != "none":
         parts.append(f"## Norm bound\n\n{bound_text(certified(certificate), _CAUTION)}")
@@ -58,15 +58,18 @@ def run_card(folder: RunFolder, o: ClassificationOptions, certificate: Mapping, 
     return "\n\n".join(parts) + "\n"
 
 
-def _usage(folder: RunFolder, base: str, library: str | None, exported: Path | None) -> str:
-    own = folder.path.name
+def _usage(folder: RunFolder, o: ClassificationOptions, exported: Path | None) -> str:
+    own, words = folder.path.name, {"library": o.library, "pretrained": o.pretrained}
+    if o.pretrained == "random":
+        words["seed"] = o.seed
+    how = "".join(f", {name}={value!r}" for name, value in words.items() if value is not None)
     load = f"vislora.load(tower.model, {f'{own}/adapter'!r})\n" if folder.adapter.exists() else ""
     text = f"""```python
 import vislora
 from safetensors.torch import load_file
 from vislora.vision import models
 
-tower = models.load({base!r}{f', library={library!r}' if library else ''})  # or the library's own model
+tower = models.load({o.model_name_or_path!r}{how})  # or the library's own model
 {load}head = load_file({f'{own}/head.safetensors'!r})
 logits = tower(images) @ head["weight"].T + head["bias"]
 ```"""

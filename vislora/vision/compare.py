@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from vislora.errors import InputError
+from vislora.sweep.cells import STATE
 from vislora.training.run import RunFolder
 from vislora.vision import plots, results
 
+_MOST = 12  # curves in one picture
 BY = ("head", "knn10", "knn20", "knn100", "knn200")
 _APART = ("seed", "output_dir", "cpu_threads", "logging_steps", "report_to", "checkpointing_steps")
 # two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom
@@ -53,12 +55,21 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def find(places: Sequence[Path]) -> list[Path]:
-    """The ended runs that `places` are or hold, at any depth. InputError for none."""
+    """The ended runs that `places` are or hold, at any depth; of a sweep's folder not those that chose its settings.
+    InputError for none."""
     found = sorted({file.parent for place in places for file in place.rglob("metrics.json")})
-    found = [run for run in found if RunFolder(run).config_file.is_file()]
+    found = [run for run in found if RunFolder(run).config_file.is_file() and not _tuned(run, places)]
     if not found:
         raise InputError("--runs", f"{', '.join(map(str, places))} hold no run that has ended", "name runs' folders")
     return found
+
+
+def _tuned(run: Path, places: Sequence[Path]) -> bool:
+    """Whether `run` is a tuning run of a sweep, and not named itself."""
+    try:
+        return run not in places and bool(json.loads((run.parent / STATE).read_text(encoding="utf-8")).get("tuning"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def score_names(by: str) -> tuple[str, str, str, str, str]:
@@ -121,14 +132,15 @@ def report(places: Sequence[Path], out: Path, by: str = "head") -> str:
         points[method] = [(a[0], b[0]) for a, b in both]
         spread[method] = [tuple(0 if math.isnan(x[1]) else x[1] for x in pair) for pair in both]
     plots.trade_off(out / "trade_off.png", points, spread)
-    first = {s.label: results.curve(RunFolder(s.runs[0]).lines_file) for s in found}
-    if len(first) <= 12:
-        plots.over_steps(out / "steps.png", first)
+    shown = sorted(found, key=lambda s: -s.mean(mean)[0])[:_MOST]
+    curves = {s.label: results.mean_curve([RunFolder(run).lines_file for run in s.runs]) for s in found if s in shown}
+    plots.over_steps(out / "steps.png", curves)
     for name in names:
         _against(out, name, groups, mean)
-    shown = names_of[:3]
-    rows = [f"{s.label:60} " + " ".join(f"{s.mean(k)[0]:.3f} +- {s.mean(k)[1]:.3f}" for k in shown) for s in found]
-    title = f"{'setting':60} {', '.join(shown)}".replace("_", " ")
+    first = names_of[:3]
+    rows = [f"{s.label:60} " + " ".join(f"{s.mean(k)[0]:.3f} +- {s.mean(k)[1]:.3f}" for k in first) for s in found]
+    title = f"{'setting':60} {', '.join(first)}".replace("_", " ")
+    rows += [f"steps.png has the {_MOST} settings of highest {mean.replace('_', ' ')}"] if len(found) > _MOST else []
     return "\n".join([title, *rows, f"look at    {out}/trade_off.png"])
 
 

@@ -56,7 +56,7 @@ class ImageSet:
         return self.subset(rest), self.subset(sorted(held))
 
     def fingerprint(self) -> str:
-        """Of name, order and labels: what a resumed run must find again."""
+        """Of the name, the classes, and every label in order: no image is read for it."""
         said = repr((Path(self.name).name, self.classes, self.labels)).encode()
         return sha256(said).hexdigest()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import resource
+import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,16 @@ def curve(file: Path) -> dict[str, list[tuple[float, float]]]:
         for name, value in entry.items():
             if name != "step" and isinstance(value, int | float):
                 found.setdefault(name, []).append((entry["step"], value))
+    return found
+
+
+def mean_curve(files: Sequence[Path]) -> dict[str, list[tuple[float, float]]]:
+    """`curve` of several runs: of each name the mean at the steps that all of them have."""
+    found, several = {}, [curve(file) for file in files]
+    for name in several[0]:
+        values = [dict(own.get(name, ())) for own in several]
+        steps = [step for step in values[0] if all(step in own for own in values)]
+        found[name] = [(step, statistics.fmean(own[step] for own in values)) for step in steps]
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vislora.errors import InputError
@@ -29,8 +30,16 @@ class Sets:
     few_bank: ImageSet | None
 
     def fingerprints(self) -> dict[str, str]:
-        """What a resumed run must find again."""
-        return {name: s.fingerprint() for name, s in vars(self).items() if s is not None}
+        """What a resumed run must find again: classes, labels and their order, not what is in the images. Banks have no
+        part in it, since no step is a function of them and --knn may be added later."""
+        return {name: s.fingerprint() for name, s in vars(self).items() if s is not None and "bank" not in name}
+
+    def require_same(self, saved: Mapping[str, str]) -> None:
+        """Raise InputError unless these are the sets whose fingerprints were `saved`."""
+        for name, own in self.fingerprints().items():
+            if own != saved.get(name):
+                wrong = f"has other classes or labels, or another order, in {name} than the run began with"
+                raise InputError(f"dataset {vars(self)[name].name}", wrong, "restore them, or start a new run")
 
 
 def load(o: ClassificationOptions, offer_bank: bool = False) -> Sets:
