@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
 
 
 def with_source(options: ClassificationOptions, o: ForgettingOptions) -> ClassificationOptions:
-    """The run's options with the source that `o` tells of; what it leaves out is the run's, or usual for another set."""
+    """The run's options with the source that `o` tells of; the rest is the run's, or usual for another set."""
     names = [f.name for f in fields(o) if f.name.startswith("source_")]
     given = {name: getattr(o, name) for name in names if getattr(o, name) is not None}
     other = o.source_dataset_name not in (None, options.source_dataset_name)

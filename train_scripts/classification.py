@@ -38,7 +38,7 @@ from vislora.training.random import first_position, generator
 from vislora.training.resume import require_same_run
 from vislora.training.run import InterruptFlag, RunFolder
 from vislora.vision import augment, forgetting, heads, metrics, models, results, task
-from vislora.vision.evaluate import Evaluator, SourceTask
+from vislora.vision.evaluate import Evaluator, SourceTask, preprocess_words
 from vislora.vision.options import FREE_ON_RESUME, ClassificationOptions
 from vislora.vision.state import Tuned
 
@@ -184,8 +184,8 @@ class Run:
                     self.probe(done, log)
                 if done % self.every == 0 or done == self.total:
                     self.measure(done, log)
-            if self.main and (done % o.checkpointing_steps == 0 or stop):
-                self.tuned.save(self.folder.checkpoints, done, self.about())
+                if self.main and (done % o.checkpointing_steps == 0 or stop):
+                    self.tuned.save(self.folder.checkpoints, done, self.about())
             if stop:
                 break
         bar.close()
@@ -278,7 +278,7 @@ class Run:
             "best_step": tuned.best.step, "best_validation_accuracy": tuned.best.accuracy,
             "nuclear_ratio": self.nuclear_ratio(), "final_model": o.final_model,
             "images_per_second": self.images / self.seconds if self.seconds else None,
-            **results.peak_memory(self.accelerator.device),
+            **results.peak_memory(self.accelerator.device), "preprocess": preprocess_words(self.model.tower.preprocess),
         }  # fmt: skip
         results.conclude(folder, o, self.adapter, figures, sets.train.classes, exported)
 

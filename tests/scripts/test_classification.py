@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,8 @@ def test_a_run_leaves_everything_and_can_be_run_again(run, world):
     both = curve[-1]["validation_accuracy"] * knn
     assert curve[-1]["geometric_mean_knn20"] == pytest.approx(both**0.5)
     card = Path("runs/0001/README.md").read_text()
+    assert said["preprocess"]["size"] == 16 and said["preprocess"]["squash"] is False
+    assert "short side to 16, middle 16 pixels, bicubic, mean (0.5, 0.5, 0.5)" in card
     assert "curve.png" in card and "0.1 times the weight's own norm" in card and "source accuracy after" in card
 
     # what the card says to do gives the scores of the run
@@ -167,6 +170,13 @@ def test_the_cards_code_loads_the_weights_that_the_run_began_with(run, tmp_path)
     assert found["logits"].shape == (1, 3)
 
 
+def test_writing_checkpoints_is_no_part_of_a_steps_time(run, script, monkeypatch):
+    save = script.Tuned.save
+    monkeypatch.setattr(script.Tuned, "save", lambda *words: (time.sleep(2), save(*words)))
+    run("--checkpointing_steps", "1", "--max_train_steps", "2", "--output_dir", "run")
+    assert all(6 / e["images_per_second"] < 2 for e in lines("run") if "images_per_second" in e)
+
+
 EVERYTHING = ("--adapter", "lora", "--rank", "2", "--dropout", "0.3", "--gradient_accumulation_steps", "2",
               "--auto_augment", "randaugment", "--hflip", "0.5", "--crop_scale", "0.5", "--random_erasing", "0.3",
               "--mixup_alpha", "0.2", "--cutmix_alpha", "1.0", "--label_smoothing", "0.1", "--ema_decay", "0.9",
@@ -200,6 +210,17 @@ def test_resuming_at_any_step_is_exact(run):
     assert all(head == pytest.approx(2 * own) for own, head in rates)
     saved = load_file("whole/head.safetensors")["weight"]  # the average, not the last step's
     assert torch.equal(saved, whole.tensors["ema"]["average|head.weight"])
+
+
+def test_names_of_other_scripts_are_taken(run, script):
+    words = ("--lr_warmup_steps", "3", "--label_smoothing_factor", "0.2", "--optim", "adamw", "--tf32", "--save_steps",
+             "7", "--weight_decay", "0.3", "--max_steps", "4", "--per_device_train_batch_size", "6")  # fmt: skip
+    o, _ = script.parse(["--model", "x", "--dataset_name", "y", *words])
+    assert (o.warmup_steps, o.label_smoothing, o.allow_tf32, o.checkpointing_steps) == (3, 0.2, True, 7)
+    assert o.warmup(12) == 0.25 and o.warmup(2) == 1 and ClassificationOptions().warmup(12) == 0.1
+    run("--warmup_steps", "3", "--lr_scheduler", "linear", "--learning_rate", "0.3", "--output_dir", "run")
+    rates = [e["adapter_lr"] for e in lines("run") if "adapter_lr" in e]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
 
 
 def test_another_run_is_not_gone_on_with(run, capsys):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 import struct
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -142,6 +145,84 @@ def test_sets_whose_links_are_dead_say_what_to_fill(tmp_path):
         assert f"fill {tmp_path}/" in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(InputError, match="is no folder and no set of torchvision.*did you mean cifar100"):
         data.load("cifar_1000", "train")
+
+
+def make_svhn(root):
+    scipy = pytest.importorskip("scipy.io")
+    pixels = np.zeros((32, 32, 3, 3), dtype=np.uint8)
+    pixels[..., 1] = 9
+    scipy.savemat(root / "test_32x32.mat", {"X": pixels, "y": np.array([[1], [10], [3]])})  # 10 stands for the digit 0
+
+
+def make_cifar100(root):
+    place = root / "cifar-100-python"
+    place.mkdir()
+    pixels = np.zeros((3, 3072), dtype=np.uint8)
+    pixels[1] = 9
+    body = {"data": pixels, "fine_labels": [1, 0, 3], "coarse_labels": [0, 0, 0]}
+    names = {"fine_label_names": ["apple", "fish", "bee", "cup"]}
+    for file, values in (("test", body), ("meta", names)):
+        (place / file).write_bytes(pickle.dumps(values))
+
+
+def make_food101(root):
+    place = root / "food-101"
+    (place / "meta").mkdir(parents=True)
+    files = {"apple": ["apple/b"], "bread": ["bread/a"], "soup": [], "tart": ["tart/c"]}
+    (place / "meta" / "test.json").write_text(json.dumps({k: files[k] for k in ("bread", "apple", "tart", "soup")}))
+    for name in ("bread/a", "apple/b", "tart/c"):
+        (place / "images" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8), (9, 9, 9)).save(place / "images" / f"{name}.jpg")
+
+
+def make_dtd(root):
+    place = root / "dtd" / "dtd"
+    (place / "labels").mkdir(parents=True)
+    lines = ["dotted/a.jpg", "banded/b.jpg", "wavy/c.jpg"]
+    (place / "labels" / "test2.txt").write_text("\n".join(lines))
+    for name in lines:
+        (place / "images" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8), (9, 9, 9)).save(place / "images" / name)
+
+
+def make_pcam(root):
+    (root / "pcam").mkdir()
+    for kind in "xy":
+        (root / "pcam" / f"camelyonpatch_level_2_split_test_{kind}.h5").touch()
+
+
+class H5:
+    """What PCAM asks of h5py: three images of 96 pixels, and a label of each."""
+
+    def __init__(self, file):
+        pixels, labels = np.zeros((3, 96, 96, 3), dtype=np.uint8), np.array([1, 0, 1]).reshape(3, 1, 1, 1)
+        pixels[1] = 9
+        self.held = {"x": pixels, "y": labels}
+
+    def __enter__(self):
+        return self.held
+
+    def __exit__(self, *error):
+        pass
+
+
+@pytest.mark.parametrize("make, labels, classes, config", [
+    (make_svhn, (1, 0, 3), ("0", "1", "2", "3"), None),
+    (make_cifar100, (1, 0, 3), ("apple", "fish", "bee", "cup"), None),
+    (make_food101, (1, 0, 3), ("apple", "bread", "soup", "tart"), None),
+    (make_dtd, (1, 0, 2), ("banded", "dotted", "wavy"), "2"),
+    (make_pcam, (1, 0, 1), ("0", "1"), None),
+])  # fmt: skip
+def test_sets_of_torchvision_are_read(tmp_path, monkeypatch, make, labels, classes, config):
+    from torchvision import datasets
+
+    monkeypatch.setitem(sys.modules, "h5py", SimpleNamespace(File=H5))
+    monkeypatch.setattr(datasets.SVHN, "_check_integrity", lambda self: True)  # which asks for the real files' hashes
+    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda *words: True)
+    make(tmp_path)
+    found = data.load(make.__name__.removeprefix("make_"), "test", root=str(tmp_path), config=config)
+    assert found.labels == labels and found.classes == classes
+    assert found.read(1).mode == "RGB" and abs(found.read(1).getpixel((0, 0))[0] - 9) <= 2
 
 
 def test_filled_layouts_are_read(tmp_path):

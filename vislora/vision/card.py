@@ -49,6 +49,7 @@ def run_card(folder: RunFolder, o: ClassificationOptions, certificate: Mapping, 
         f"# {plain(folder.path.name)}",
         f"{kind} of {code(base)} on {code(Path(o.dataset_name).name)} ({len(classes)} classes){old}.",
         f"| score | |\n|---|---|\n{rows}",
+        f"Images are prepared as the model's own pipeline does it: {_prepared(figures['preprocess'])}.",
         "\n\n".join(pictures),
         f"## Use\n\n{_usage(folder, o, exported)}",
     ]
@@ -56,6 +57,13 @@ def run_card(folder: RunFolder, o: ClassificationOptions, certificate: Mapping, 
         parts.append(f"## Norm bound\n\n{bound_text(certified(certificate), _CAUTION)}")
     parts.append(options_table({**certificate["options"], **{k: getattr(o, k) for k in _SHOWN}}))
     return "\n\n".join(parts) + "\n"
+
+
+def _prepared(p: Mapping) -> str:
+    """The words of `evaluate.preprocess_words` in one sentence."""
+    side = p["size"]
+    fit = f"squashed to {side} x {side}" if p["squash"] else f"short side to {int(side / p['crop_pct'])}, middle {side}"
+    return f"{fit} pixels, {p['interpolation']}, mean {tuple(p['mean'])}, std {tuple(p['std'])}"
 
 
 def _usage(folder: RunFolder, o: ClassificationOptions, exported: Path | None) -> str:

@@ -47,7 +47,7 @@ class Tuned:
             self.optimizers["adapter"] = optim.from_options(o, adapter)
         self.optimizers["head"] = AdamW(head.parameters(), lr=o.head_lr or o.learning_rate, weight_decay=decay,
                                         betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_epsilon, fused=True)  # fmt: skip
-        shape = by_name(o.lr_scheduler, total, o.warmup_ratio)
+        shape = by_name(o.lr_scheduler, total, o.warmup(total))
         self.schedulers = {name: LambdaLR(optimizer, shape) for name, optimizer in self.optimizers.items()}
         if "adapter" in self.optimizers:
             adapter.bind(self.optimizers["adapter"], total, first_rate(self.schedulers["adapter"], total))
