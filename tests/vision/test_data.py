@@ -59,6 +59,18 @@ def test_what_datasets_saved_is_the_same_as_its_parquet(tmp_path, monkeypatch):
         assert all(np.array_equal(one.read(i), two.read(i)) for i in range(len(one)))
 
 
+def test_what_a_set_does_not_read_is_refused(tmp_path):
+    folder = image_folder(tmp_path / "set", classes=2, train=1, test=1)
+    for words, said in (({"config": "en"}, "dataset config"), ({"image_column": "x"}, "image column"),
+                        ({"label_column": "x"}, "label column")):  # fmt: skip
+        with pytest.raises(InputError, match=f"has no {said}"):
+            data.load(str(folder), "train", **words)
+    with pytest.raises(InputError, match="has no label column"):
+        data.load("svhn", "train", root=str(tmp_path), label_column="x")
+    with pytest.raises(InputError, match="has no partitions"):
+        data.load("cub200", "train", root=str(tmp_path), config="2")
+
+
 def test_images_without_labels(tmp_path):
     from pyarrow import parquet
 

@@ -65,15 +65,36 @@ def test_the_source_head_goes_by_names_where_there_are_any(folders, caplog):
     tower = models.load(str(folders["timm"]))
     x, head = torch.randn(2, 24), tower.source_head
     tower.source_classes = ("a cat", "dog", "Owl", "bus")
-    found = heads.source_head(tower, ["bus", "a_cat", "dog", "owl"], "simple")
+    found = heads.source_head(tower, ["bus", "a_cat", "dog", "owl"], "openai")
     with torch.no_grad():
         torch.testing.assert_close(found(x), head(x)[:, [3, 0, 1, 2]])
-    assert heads.source_head(tower, ["a cat", "dog", "owl", "bus"], "simple") is head and not caplog.records
-    assert heads.source_head(tower, ["sun", "moon", "star", "sky"], "simple") is head
+    assert heads.source_head(tower, ["a cat", "dog", "owl", "bus"], "openai") is head and not caplog.records
+    assert heads.source_head(tower, ["sun", "moon", "star", "sky"], "openai") is head
     assert "sun, moon, star" in caplog.text
     caplog.clear()
     tower.source_classes = tuple(f"LABEL_{i}" for i in range(4))
-    assert heads.source_head(tower, ["sun", "moon", "star", "sky"], "simple") is head and not caplog.records
+    assert heads.source_head(tower, ["sun", "moon", "star", "sky"], "openai") is head and not caplog.records
+
+
+def test_imagenets_names_are_for_imagenet_alone(monkeypatch):
+    import open_clip
+    from open_clip import zero_shot_metadata as words
+
+    asked = []
+    monkeypatch.setattr(open_clip, "build_zero_shot_classifier",
+                        lambda clip, tokenizer, names, *more, **rest: asked.append(names) or torch.zeros(8, len(names)))
+    tower, known = models.load(str(world.ROOT / "assets" / "world" / "tiny-clip")), list(words.IMAGENET_CLASSNAMES)
+    wnids = [f"n{i:08d}" for i in range(1000)]
+    own = [name if i % 3 else f"{name}, something else" for i, name in enumerate(known)]
+    others = [f"dish {i}" for i in range(1000)]
+    for classes in (wnids, own, others, wnids[::-1]):
+        heads.source_head(tower, classes, "simple")
+    assert asked == [known, known, others, wnids[::-1]]
+
+
+def test_templates_are_for_clips(folders):
+    with pytest.raises(InputError, match="no CLIP"):
+        heads.source_head(models.load(str(folders["timm"])), ["a", "b", "c", "d"], "openai imagenet")
 
 
 def trained(tower: models.Tower, adapter, steps: int = 6) -> tuple[list[float], list[torch.Tensor]]:

@@ -88,7 +88,9 @@ def _load(name: str, split: str, config: str | None, root: str, image_column: st
 
     columns = (image_column, label_column) if labelled else (image_column,)
     folder = Path(name)
+    read_by_datasets = folder.is_dir() and tables.recognise(folder) and not digits.recognise(folder)
     if torchvision_sets.known(name) and not folder.is_dir():
+        _require_unread(name, image_column=image_column, label_column=label_column)
         return torchvision_sets.load(name, split, root, config)
     if not folder.is_dir():
         if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.parent.is_dir():
@@ -96,11 +98,20 @@ def _load(name: str, split: str, config: str | None, root: str, image_column: st
             wrong = f"is no folder and no set of torchvision{near(name.lower(), sets)}"
             raise InputError(f"dataset {name}", wrong, f"name a folder, a hub id, or {', '.join(sets)}")
         return tables.load(name, split, config, *columns)
+    if read_by_datasets:
+        return tables.load(name, split, config, *columns)
+    _require_unread(name, dataset_config=config, image_column=image_column, label_column=label_column)
     if digits.recognise(folder):
         return digits.load(folder, split)
-    if tables.recognise(folder):
-        return tables.load(name, split, config, *columns)
     return _class_folders(folder, split) if labelled else _images(folder, split)
+
+
+def _require_unread(name: str, **words: str | None) -> None:
+    """Raise InputError for one of these that is given: the set called `name` knows no such thing."""
+    for word, value in words.items():
+        if value is not None:
+            wrong = f"has no {word.replace('_', ' ')} ({value!r} was given)"
+            raise InputError(f"dataset {name}", wrong, f"leave --{word}_name out")
 
 
 def join(sets: Sequence[ImageSet]) -> ImageSet:

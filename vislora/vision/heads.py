@@ -87,6 +87,9 @@ def source_head(tower: Tower, classes: Sequence[str], templates: str) -> nn.Modu
         return None
     if tower.clip is not None:
         return zero_shot(tower, classes, templates)
+    if templates != "openai":
+        wrong = f"{templates} beside a model that is no CLIP: nothing reads it"
+        raise InputError("--zero_shot_templates", wrong, "leave it out")
     head = tower.source_head
     if head is not None and head.out_features != len(classes):
         wrong = f"has {len(classes)} classes, the model's own head {head.out_features}"
@@ -120,6 +123,12 @@ def _in_order(head: nn.Linear, known: Sequence[str], classes: Sequence[str]) -> 
     return found
 
 
+def _alike(classes: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether most of `classes` begin with the names at the same places: ImageNet's own ("tench, Tinca tinca")."""
+    same = sum(c.partition(",")[0].lower() == n.lower() for c, n in zip(classes, names, strict=False))
+    return len(classes) == len(names) and same > len(names) / 2
+
+
 @torch.no_grad()
 def zero_shot(tower: Tower, classes: Sequence[str], templates: str) -> ZeroShot:
     """By open_clip's own builder. templates: "simple", "openai", or a file with a template a line, {} for the class."""
@@ -127,8 +136,8 @@ def zero_shot(tower: Tower, classes: Sequence[str], templates: str) -> ZeroShot:
     from open_clip import zero_shot_metadata as words
 
     clip, name = tower.clip
-    if len(classes) == 1000:  # ImageNet's folders are called by numbers
-        classes = words.IMAGENET_CLASSNAMES
+    if is_imagenet(classes) or _alike(classes, words.IMAGENET_CLASSNAMES):
+        classes = words.IMAGENET_CLASSNAMES  # without its folders' numbers, and clearer than its own names
     known = {"simple": words.SIMPLE_IMAGENET_TEMPLATES, "openai": words.OPENAI_IMAGENET_TEMPLATES}
     names = [c.replace("_", " ") for c in classes]
     weight = open_clip.build_zero_shot_classifier(

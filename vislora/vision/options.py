@@ -196,6 +196,12 @@ class ClassificationOptions:
             raise InputError("--randaugment_magnitude", f"{self.randaugment_magnitude} is not in 0 to 30", "9 is usual")
         if self.dataloader_num_workers < 0:
             raise InputError("--dataloader_num_workers", f"{self.dataloader_num_workers} is negative", "give 0 or more")
+        for name in ("randaugment_ops", "randaugment_magnitude"):
+            if self.auto_augment != "randaugment" and getattr(self, name) != getattr(type(self), name):
+                wrong = f"{getattr(self, name)} beside --auto_augment {self.auto_augment}: nothing reads it"
+                raise InputError(f"--{name}", wrong, "add --auto_augment randaugment, or leave it out")
+        if not self.ema_warmup and self.ema_decay is None:
+            raise InputError("--no_ema_warmup", "there is no average without --ema_decay", "add it, or leave this out")
         if self.final_model == "best" and not self.train_val_split:
             raise InputError("--final_model", "best beside --train_val_split 0: nothing to choose by", "hold some out")
         if self.knn and self.source_unlabelled:

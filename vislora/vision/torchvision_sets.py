@@ -60,6 +60,9 @@ _LAYOUTS = {
 def load(name: str, split: str, root: str, partition: str | None) -> ImageSet:
     """A split of the set called `name` under `root`. InputError, with the layout to fill, where it cannot be had."""
     key = _key(name)
+    if key == "cub200" and partition is not None:
+        wrong = f"{partition!r} beside {name}, which has no partitions"
+        raise InputError("--dataset_config_name", wrong, "leave it out")
     if key in _LISTED:
         return _LISTED[key](Path(root), split, partition or "01")
     from torchvision import datasets
