@@ -21,7 +21,8 @@ def timm_vit(seed: int = 0, classes: int = 4) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = timm.create_model("vit_tiny_patch16_224", num_classes=classes, **SHAPE)
-        torch.nn.init.normal_(model.head.weight, std=0.2)  # timm's own start is zero
+        if classes:  # 0: a bare backbone
+            torch.nn.init.normal_(model.head.weight, std=0.2)  # timm's own start is zero
     return model
 
 

@@ -38,7 +38,7 @@ from vislora.training.random import first_position, generator
 from vislora.training.resume import require_same_run
 from vislora.training.run import InterruptFlag, RunFolder
 from vislora.vision import augment, forgetting, heads, metrics, models, results, task
-from vislora.vision.evaluate import Evaluator, SourceTask
+from vislora.vision.evaluate import Evaluator, SourceTask, preprocess_words
 from vislora.vision.options import FREE_ON_RESUME, ClassificationOptions
 from vislora.vision.state import Tuned
 
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     RunFolder.check(*(where := (options.output_dir, options.resume_from_checkpoint)), data=options.data)
     with accelerator.main_process_first():  # which may download
         sets = task.load(options)
-        tower = models.load(options.model_name_or_path, options.library, options.pretrained)
+        tower = models.load(options.model_name_or_path, options.library, options.pretrained, options.seed)
     model = classifier(options, method, tower, sets).to(accelerator.device)
     adapter = vislora.attach(tower.model, method, targets=options.target_words(), seed=options.seed)
     if options.export_rank is not None:
@@ -114,7 +114,8 @@ class Run:
         self.network = accelerator.prepare(model)
         self.evaluate = Evaluator(accelerator, model, augment.evaluation(preprocess), o.eval_batch_size,
                                   o.dataloader_num_workers, o.channels_last)  # fmt: skip
-        self.source = SourceTask(self.evaluate, sets.source, sets.few, sets.bank) if sets.source else None
+        old = (sets.source, sets.few, sets.bank, sets.few_bank)
+        self.source = SourceTask(self.evaluate, *old) if sets.source else None
         self.nuclear_ratio = forgetting.NuclearRatio(adapter)
         self.every = o.eval_steps or max(1, self.total // 10)
         self.seconds, self.images = 0.0, 0
@@ -125,7 +126,7 @@ class Run:
         if self.main:
             begin(self.folder, o, self.adapter)
         with self.adapter.disabled():
-            before = self.source and results.Source(*self.source.full())
+            before = self.source and self.source.before()
         with telemetry.Log(self.folder, o.report_to if self.main else "none") as log, InterruptFlag() as stop:
             if start == 0:
                 self.measure(0, log)
@@ -183,8 +184,8 @@ class Run:
                     self.probe(done, log)
                 if done % self.every == 0 or done == self.total:
                     self.measure(done, log)
-            if self.main and (done % o.checkpointing_steps == 0 or stop):
-                self.tuned.save(self.folder.checkpoints, done, self.about())
+                if self.main and (done % o.checkpointing_steps == 0 or stop):
+                    self.tuned.save(self.folder.checkpoints, done, self.about())
             if stop:
                 break
         bar.close()
@@ -225,12 +226,10 @@ class Run:
                 out = self.evaluate(self.sets.validation)
                 values["validation_accuracy"] = metrics.scores(out.target, out.labels).top1
                 self.tuned.consider(values["validation_accuracy"], step)
-            old = self.source and self.source.head(few=True)
-            if old is not None:
-                values["source_accuracy"] = old.top1
+            if self.source is not None:
+                values |= self.source.on_the_way()
             values["nuclear_ratio"] = self.nuclear_ratio()
-        if "source_accuracy" in values and "validation_accuracy" in values:
-            values["geometric_mean"] = forgetting.geometric_mean(old.top1, values["validation_accuracy"])
+        values |= forgetting.means(values, "validation_accuracy")
         if self.main:
             log.write(step, values, {})
             said = ", ".join(f"{k.replace('_', ' ')} {v:.1%}" for k, v in values.items() if k.endswith("accuracy"))
@@ -245,9 +244,7 @@ class Run:
         saved = checkpoint.load(checkpoint.resolve(self.folder.checkpoints, self.options.resume_from_checkpoint))
         about = self.about()
         require_same_run(saved.state["config"], about["config"], FREE_ON_RESUME)
-        if saved.state["data"] != about["data"]:
-            wrong = "holds other images than the run began with"
-            raise InputError(self.options.dataset_name, wrong, "restore them, or start a new run")
+        self.sets.require_same(saved.state["data"])
         self.tuned.load(saved)
         if self.main:
             self.folder.rewind(saved.step)
@@ -257,18 +254,16 @@ class Run:
     def finish(self, before: results.Source | None) -> None:
         """The last model and the best one, scored and saved, with tables, pictures and the card."""
         o, tuned, sets, folder = self.options, self.tuned, self.sets, self.folder
-        if tuned.ema is not None:
-            tuned.ema.copy_(tuned.ema.average)
-        last = {name: t.detach().clone() for name, t in tuned.tensors().items()}
-        if tuned.best.tensors:
-            tuned.load_tensors(tuned.best.tensors)
-            if self.main:
-                self.write_tensors(folder.path / "best")
-        if o.final_model == "last":
-            tuned.load_tensors(last)
+        ends: dict[str, float] = {}
+        for name, tensors in tuned.ends():  # what is reported comes at the end, and stays in the model
+            tuned.load_tensors(tensors)
+            if self.main and (name == "best" or o.final_model == "best"):
+                self.write_tensors(folder.path / name)
+            if name != o.final_model:
+                ends = results.end_figures(name, self.evaluate, sets.test, self.source)
         out = self.evaluate(sets.test)
         target = metrics.scores(out.target, out.labels)
-        after = self.source and results.Source(*self.source.full())
+        after = self.source and self.source.full()
         if not self.main:
             return
         self.write_tensors(folder.path)
@@ -279,11 +274,11 @@ class Run:
         figures = {
             "steps": self.total, "trainable_parameters": sum(p.numel() for p in self.adapter.parameters()),
             "head_parameters": sum(p.numel() for p in self.model.head.parameters()),
-            **results.target_figures(target), **results.source_figures(before, after, target.top1),
+            **results.target_figures(target), **results.source_figures(before, after, target.top1), **ends,
             "best_step": tuned.best.step, "best_validation_accuracy": tuned.best.accuracy,
             "nuclear_ratio": self.nuclear_ratio(), "final_model": o.final_model,
             "images_per_second": self.images / self.seconds if self.seconds else None,
-            **results.peak_memory(self.accelerator.device),
+            **results.peak_memory(self.accelerator.device), "preprocess": preprocess_words(self.model.tower.preprocess),
         }  # fmt: skip
         results.conclude(folder, o, self.adapter, figures, sets.train.classes, exported)
 

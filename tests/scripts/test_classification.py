@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,14 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from script_runs import REPOSITORY, compiles, refused
-from tiny_vit import image_folder, parquet_folder, save_timm
+from tiny_vit import coloured, image_folder, parquet_folder, save_timm
 
 import vislora
 from vislora import config
 from vislora.errors import run_script
 from vislora.io import read
 from vislora.training import checkpoint
-from vislora.vision import models
+from vislora.vision import heads, models
 from vislora.vision.options import ClassificationOptions
 
 
@@ -99,15 +100,28 @@ def test_a_run_leaves_everything_and_can_be_run_again(run, world):
     assert said["geometric_mean"] == pytest.approx((said["source_accuracy"] * said["target_accuracy"]) ** 0.5)
     assert said["forgetting"] == pytest.approx(said["source_accuracy_before"] - said["source_accuracy"])
     assert 0 < said["nuclear_ratio"] <= 0.1 * 1.00001 and 0 < said["source_feature_cka"] <= 1 + 1e-9
-    assert said["source_knn10_accuracy"] >= 0 and said["images_per_second"] > 0 and said["peak_memory_mib"] > 0
+    assert said["images_per_second"] > 0 and said["peak_memory_mib"] > 0
+    knn = said["source_knn20_accuracy"]
+    assert said["geometric_mean_knn20"] == pytest.approx((knn * said["target_accuracy"]) ** 0.5)
+    assert said["arithmetic_mean_knn20"] == pytest.approx((knn + said["target_accuracy"]) / 2)
     with open("runs/0001/source_per_class.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [r["class"] for r in rows] == [f"thing{i}" for i in range(4)]
     assert sum(float(r["forgetting"]) for r in rows) / 4 == pytest.approx(said["forgetting"], abs=1e-5)
+    lost = said["source_knn20_accuracy_before"] - knn
+    assert sum(float(r["knn20_forgetting"]) for r in rows) / 4 == pytest.approx(lost, abs=1e-5)
     curve = [e for e in lines("runs/0001") if "source_accuracy" in e]
     assert [e["step"] for e in curve] == [0, 2, 4]
     assert curve[0]["source_accuracy"] == said["source_accuracy_before"]
+    assert curve[0]["source_knn20_accuracy"] == said["source_knn20_accuracy_before"]  # all of it is few enough here
+    assert curve[-1]["source_knn20_accuracy"] == knn and knn > 1 / 4
+    assert curve[0]["source_feature_cka"] == pytest.approx(1, abs=1e-6)
+    assert curve[-1]["source_feature_cka"] == pytest.approx(said["source_feature_cka"], abs=1e-9)
+    both = curve[-1]["validation_accuracy"] * knn
+    assert curve[-1]["geometric_mean_knn20"] == pytest.approx(both**0.5)
     card = Path("runs/0001/README.md").read_text()
+    assert said["preprocess"]["size"] == 16 and said["preprocess"]["squash"] is False
+    assert "short side to 16, middle 16 pixels, bicubic, mean (0.5, 0.5, 0.5)" in card
     assert "curve.png" in card and "0.1 times the weight's own norm" in card and "source accuracy after" in card
 
     # what the card says to do gives the scores of the run
@@ -141,6 +155,63 @@ def test_full_fine_tuning_trains_all_and_moves_the_source(run, world):
     assert said["trainable_parameters"] == sum(p.numel() for p in tower.model.parameters())
     assert said["source_feature_cka"] < 0.999 and said["nuclear_ratio"] > 0
     vislora.load(tower.model, "runs/0001/adapter")
+
+
+def test_the_cards_code_loads_the_weights_that_the_run_began_with(run, tmp_path):
+    run("--model_name_or_path", "test_vit", "--pretrained", "random", "--seed", "7", "--adapter", "none",
+        "--source_unlabelled", "--max_train_steps", "1", "--output_dir", "run")  # fmt: skip
+    code = Path("run/README.md").read_text().split("```python\n")[1].split("```")[0]
+    found = {"images": torch.zeros(1, 3, 160, 160)}
+    assert "models.load('test_vit', pretrained='random', seed=7)" in code
+    torch.rand(3)
+    exec(compile(code, "README.md", "exec"), found)
+    same = models.load("test_vit", pretrained="random", seed=7).state_dict()
+    assert all(torch.equal(t, same[n]) for n, t in found["tower"].state_dict().items())
+    assert found["logits"].shape == (1, 3)
+
+
+def test_writing_checkpoints_is_no_part_of_a_steps_time(run, script, monkeypatch):
+    save = script.Tuned.save
+    monkeypatch.setattr(script.Tuned, "save", lambda *words: (time.sleep(2), save(*words)))
+    run("--checkpointing_steps", "1", "--max_train_steps", "2", "--output_dir", "run")
+    assert all(6 / e["images_per_second"] < 2 for e in lines("run") if "images_per_second" in e)
+
+
+@pytest.fixture(scope="module")
+def kept():
+    return {}
+
+
+def losses(run, script, monkeypatch, *flags: str) -> tuple[list[float], heads.Classifier]:
+    """Of a short run without source data: the loss of each step, and the model as it stood after the last."""
+    models_of = []
+    monkeypatch.setattr(script.Run, "finish", lambda self, *words: models_of.append(self.model))
+    run("--max_train_steps", "3", "--train_val_split", "0", "--eval_steps", "3", "--learning_rate", "0.05", *flags,
+        without=("--source_dataset_name",))  # fmt: skip
+    last = max(Path("runs").iterdir())
+    return [e["loss"] for e in lines(str(last)) if "loss" in e], models_of[-1]
+
+
+@pytest.mark.parametrize("flags", [
+    ("--label_smoothing", "0.3"), ("--head_weight_decay", "9"), ("--head_lr", "0.5"), ("--random_erasing", "1"),
+    ("--crop_scale", "0.3"), ("--auto_augment", "randaugment"), ("--hflip", "1"), ("--mixup_alpha", "1"),
+    ("--cutmix_alpha", "1"), ("--mixed_precision", "bf16"), ("--warmup_steps", "2"), ("--seed", "1"),
+], ids=lambda flags: flags[0])  # fmt: skip
+def test_an_option_changes_the_losses(run, script, monkeypatch, kept, flags):
+    if not kept:
+        kept["losses"] = losses(run, script, monkeypatch)[0]
+    found = losses(run, script, monkeypatch, *flags)[0]
+    assert len(found) == 3 and found != pytest.approx(kept["losses"], abs=1e-6)
+
+
+def test_layout_and_checkpointing_change_how_losses_come_about_and_not_the_losses(run, script, monkeypatch):
+    plain, model = losses(run, script, monkeypatch)
+    layout = {"memory_format": torch.channels_last}
+    assert not model.tower.model.patch_embed.proj.weight.is_contiguous(**layout)
+    found, model = losses(run, script, monkeypatch, "--channels_last")
+    assert found == pytest.approx(plain, rel=1e-4) and model.tower.model.patch_embed.proj.weight.is_contiguous(**layout)
+    found, model = losses(run, script, monkeypatch, "--gradient_checkpointing")
+    assert found == pytest.approx(plain, rel=1e-4) and model.tower.model.grad_checkpointing
 
 
 EVERYTHING = ("--adapter", "lora", "--rank", "2", "--dropout", "0.3", "--gradient_accumulation_steps", "2",
@@ -178,11 +249,38 @@ def test_resuming_at_any_step_is_exact(run):
     assert torch.equal(saved, whole.tensors["ema"]["average|head.weight"])
 
 
+def test_names_of_other_scripts_are_taken(run, script):
+    words = ("--lr_warmup_steps", "3", "--label_smoothing_factor", "0.2", "--optim", "adamw", "--tf32", "--save_steps",
+             "7", "--weight_decay", "0.3", "--max_steps", "4", "--per_device_train_batch_size", "6")  # fmt: skip
+    o, _ = script.parse(["--model", "x", "--dataset_name", "y", *words])
+    assert (o.warmup_steps, o.label_smoothing, o.allow_tf32, o.checkpointing_steps) == (3, 0.2, True, 7)
+    assert o.warmup(12) == 0.25 and o.warmup(2) == 1 and ClassificationOptions().warmup(12) == 0.1
+    run("--warmup_steps", "3", "--lr_scheduler", "linear", "--learning_rate", "0.3", "--output_dir", "run")
+    rates = [e["adapter_lr"] for e in lines("run") if "adapter_lr" in e]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
+
+
 def test_another_run_is_not_gone_on_with(run, capsys):
     run("--output_dir", "run", "--checkpointing_steps", "2")
     resume = ("--output_dir", "run", "--resume_from_checkpoint", "latest")
     assert "mixup_alpha was 0.0, is 0.5" in refused(run, capsys, *resume, "--mixup_alpha", "0.5")
     assert "max_train_steps" in refused(run, capsys, *resume, "--max_train_steps", "9")
+
+
+def test_neighbours_may_be_asked_for_by_a_resumed_run_and_other_labels_are_told(run, tmp_path, capsys):
+    image_folder(tmp_path / "target", 3, seed=5)
+    flags = ("--dataset_name", str(tmp_path / "target"), "--output_dir", "run", "--max_train_steps", "2")
+    run(*flags, "--checkpointing_steps", "1")
+    for file in Path("run/checkpoints/checkpoint-2").iterdir():
+        file.unlink()
+    Path("run/checkpoints/checkpoint-2").rmdir()
+    resume = (*flags, "--checkpointing_steps", "1", "--resume_from_checkpoint", "latest")
+    (tmp_path / "target/train/class0/0.png").rename(tmp_path / "target/train/class1/x.png")
+    said = refused(run, capsys, *resume, "--knn")
+    assert "has other classes or labels, or another order, in train" in said
+    (tmp_path / "target/train/class1/x.png").rename(tmp_path / "target/train/class0/0.png")
+    run(*resume, "--knn")
+    assert "source_knn20_accuracy" in metrics("run")
 
 
 def test_the_gradient_probe_is_logged_and_changes_neither_adapter_nor_head(run):
@@ -219,12 +317,22 @@ def clip(tmp_path_factory):
     return place
 
 
+def test_a_clips_zero_shot_accuracy_is_above_chance(run, tmp_path):
+    world = REPOSITORY / "assets" / "world"
+    (tmp_path / "words.txt").write_text("a photo of a {}\n")
+    run("--model_name_or_path", str(world / "tiny-clip"), "--source_dataset_name", str(world / "objects"), "--adapter",
+        "none", "--zero_shot_templates", str(tmp_path / "words.txt"), "--max_train_steps", "1", "--eval_steps", "1",
+        "--max_source_samples", "48", "--output_dir", "run")  # fmt: skip
+    said = metrics("run")
+    assert said["source_accuracy_before"] == said["source_accuracy"] > 5 / 48
+
+
 @pytest.mark.parametrize("method", ["lora", "nb_lora", "full", "none"])
 def test_a_clip_tower_trains_and_its_zero_shot_accuracy_is_the_source(run, clip, method):
     flags = () if method == "none" else ("--learning_rate", "0.02")
     run("--model_name_or_path", str(clip), "--adapter", method, "--zero_shot_templates", "simple", *flags)
     said = metrics("runs/0001")
-    assert 0 <= said["source_accuracy_before"] <= 1 and said["source_images"] == 16
+    assert lines("runs/0001")[0]["source_accuracy"] == said["source_accuracy_before"] and said["source_images"] == 16
     assert (said["source_feature_cka"] == pytest.approx(1, abs=1e-12)) == (method == "none")
     assert said["head_parameters"] == 12 * 3 + 3
     if method == "none":
@@ -316,6 +424,23 @@ def test_the_best_on_validation_can_be_the_result(run):
     assert said["best_step"] == next(e["step"] for e in scores if e["validation_accuracy"] == top)
 
 
+@pytest.mark.parametrize("ema", [(), ("--ema_decay", "0.5")])
+def test_last_and_best_are_both_kept_and_scored_whichever_is_reported(run, ema):
+    steps = ("--max_train_steps", "3", "--eval_steps", "1", "--learning_rate", "0.3", "--head_lr", "3.0")
+    for final, other in (("last", "best"), ("best", "last")):
+        run("--final_model", final, "--output_dir", final, *steps, *ema)
+        assert Path(final, "last").is_dir() == (final == "best") and Path(final, "best").is_dir()
+        assert {"target", "source"} == {k.split("_")[1] for k in metrics(final) if k.startswith(f"{other}_")
+                                        and k.endswith("_accuracy") and k != "best_validation_accuracy"}  # fmt: skip
+    for file in ("adapter/adapter.safetensors", "head.safetensors"):
+        for one, two in (("last", "best/last"), ("best", "last/best"), ("best", "best/best")):
+            first, second = (load_file(Path(place) / file) for place in (one, two))
+            assert all(torch.equal(t, second[k]) for k, t in first.items()), (one, two, file)
+    for name, other in (("last", "best"), ("best", "last")):
+        for task in ("target", "source"):
+            assert metrics(name)[f"{task}_accuracy"] == metrics(other)[f"{name}_{task}_accuracy"]
+
+
 def test_without_source_data_or_validation(run):
     run("--dry_run")
     assert not Path("runs").exists()
@@ -323,6 +448,64 @@ def test_without_source_data_or_validation(run):
     run(*argv, without=("--source_dataset_name",))
     said = metrics("runs/0001")
     assert "source_accuracy" not in said and said["best_step"] == 0 and not Path("runs/0001/best").exists()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Images without labels, in no order."""
+    (tmp_path / "photos").mkdir()
+    for i in range(8):
+        coloured(i % 4, i, 7).save(tmp_path / "photos" / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def test_a_source_without_labels_is_watched_by_its_features(run, photos, capsys):
+    flags = ("--source_dataset_name", str(photos), "--source_unlabelled", "--learning_rate", "0.05")
+    run(*flags, "--checkpointing_steps", "2", "--output_dir", "run")
+    said, drift = metrics("run"), [e["source_feature_cka"] for e in lines("run") if "source_feature_cka" in e]
+    assert "source_accuracy" not in said and said["source_images"] == 8 and "linear CKA" in capsys.readouterr().out
+    assert drift[0] == pytest.approx(1, abs=1e-6) and drift[-1] == pytest.approx(said["source_feature_cka"], abs=1e-9)
+    assert len(drift) == 3 and drift[-1] < 0.9999
+    for file in Path("run/checkpoints/checkpoint-4").iterdir():
+        file.unlink()
+    Path("run/checkpoints/checkpoint-4").rmdir()
+    run(*flags, "--checkpointing_steps", "2", "--output_dir", "run", "--resume_from_checkpoint", "latest")
+    assert [e["source_feature_cka"] for e in lines("run") if "source_feature_cka" in e] == drift
+    assert "leave one of them out" in refused(run, capsys, *flags, "--knn")
+
+
+def test_a_bare_backbone_is_watched_by_neighbours(run, tmp_path):
+    save_timm(tmp_path / "bare", classes=0)
+    run("--model_name_or_path", str(tmp_path / "bare"), "--knn", "--max_source_samples", "12", "--output_dir", "run")
+    said, curve = metrics("run"), [e for e in lines("run") if "source_knn10_accuracy" in e]
+    assert [e["step"] for e in curve] == [0, 2, 4] and "source_accuracy" not in said
+    assert all("source_knn20_accuracy" not in e for e in curve)  # among 12 on the way, all 24 at the end
+    assert said["source_knn20_accuracy_before"] > 1 / 4 and "geometric_mean_knn20" in said
+    header = Path("run/source_per_class.csv").read_text().splitlines()[0]
+    assert header == "class,images,knn20_before,knn20_after,knn20_forgetting"
+
+
+def test_neighbours_need_a_bank_of_the_same_task(run, tmp_path, capsys):
+    few = parquet_folder(tmp_path / "few", train=2)
+    flags = ("--knn", "--source_dataset_name")
+    assert "gives 8 images to look for neighbours among, fewer than 10" in refused(run, capsys, *flags, str(few))
+    other = parquet_folder(tmp_path / "other")
+    for split, file in (("train", parquet_folder(tmp_path / "less", classes=3)), ("", None)):
+        if file:
+            name = f"data/{split}-00000-of-00001.parquet"
+            (other / name).write_bytes((file / name).read_bytes())
+    assert "has 3 classes in train, others in test (4)" in refused(run, capsys, *flags, str(other))
+
+
+def test_the_columns_of_the_source_can_be_named(run, tmp_path):
+    from pyarrow import parquet
+
+    folder = parquet_folder(tmp_path / "renamed")
+    for file in (folder / "data").iterdir():
+        parquet.write_table(parquet.read_table(file).rename_columns(["picture", "kind"]), file)
+    columns = ("--source_image_column_name", "picture", "--source_label_column_name", "kind")
+    run("--source_dataset_name", str(folder), *columns, "--max_train_steps", "1")
+    assert metrics("runs/0001")["source_images"] == 16
 
 
 def test_refusals_before_anything_is_made(run, world, capsys):

@@ -60,8 +60,15 @@ def test_chance_is_a_function_of_seed_and_position(tmp_path):
 def test_no_augmentation_is_the_evaluation_pipeline():
     p, image = Preprocess(16), coloured(0, 0)
     assert torch.equal(augment.training(p, ClassificationOptions())(image), augment.evaluation(p)(image))
-    changed = augment.training(p, ClassificationOptions(auto_augment="trivialaugment", hflip=1.0))
-    assert not torch.equal(changed(image), augment.evaluation(p)(image))
+    mirrored = augment.training(p, ClassificationOptions(hflip=1.0))(image)
+    torch.testing.assert_close(mirrored, augment.evaluation(p)(image).flip(-1))
+    erased = augment.training(p, ClassificationOptions(random_erasing=1.0))(image)
+    gone = erased != augment.evaluation(p)(image)
+    assert 0 < gone.any(0).float().mean() < 0.5 and not erased[gone].any()
+    for words in ({"auto_augment": "trivialaugment"}, {"auto_augment": "randaugment"}, {"crop_scale": 0.2}):
+        with augment.seeded(0, "test", 1):
+            changed = augment.training(p, ClassificationOptions(**words))(image)
+        assert changed.shape == mirrored.shape and not torch.equal(changed, augment.evaluation(p)(image))
 
 
 @pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
@@ -74,6 +81,10 @@ def test_mixing_makes_shares_of_classes(alphas):
     torch.testing.assert_close(shares.sum(-1), torch.ones(6))
     loss = augment.cross_entropy(torch.zeros(6, 5), shares, 0.1)
     assert loss.item() == pytest.approx(np.log(5), rel=1e-5)
+    logits = torch.randn(6, 5)
+    spread = 0.9 * shares + 0.1 / 5
+    by_hand = -(spread * logits.log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(augment.cross_entropy(logits, shares, 0.1), by_hand)
     plain = augment.mixer(ClassificationOptions(), 5)
     assert plain(images, labels, 3)[1] is labels
 
@@ -106,7 +117,8 @@ def test_options_refuse_what_no_run_could_use():
 
     for words in ({"hflip": 2.0}, {"crop_scale": 0.0}, {"ema_decay": 1.0}, {"learning_rate": 0.0}, {"eval_steps": 0},
                   {"final_model": "best", "train_val_split": 0.0}, {"randaugment_magnitude": 40},
-                  {"optimizer_damping": 1.0}):  # fmt: skip
+                  {"optimizer_damping": 1.0}, {"randaugment_ops": 3}, {"randaugment_magnitude": 5},
+                  {"no_ema_warmup": True}, {"warmup_steps": -1}, {"knn": True, "source_unlabelled": True}):  # fmt: skip
         with pytest.raises(InputError) as error:
-            ClassificationOptions(**words)
+            ClassificationOptions(**({"ema_warmup": False} if "no_ema_warmup" in words else words))
         assert "->" in str(error.value) and f"--{next(iter(words))}" in str(error.value)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 import struct
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,6 +57,54 @@ def test_what_datasets_saved_is_the_same_as_its_parquet(tmp_path, monkeypatch):
         one, two = data.load(str(folder), split), data.load(str(tmp_path / "saved"), split)
         assert one.classes == two.classes and one.labels == two.labels
         assert all(np.array_equal(one.read(i), two.read(i)) for i in range(len(one)))
+
+
+def test_what_a_set_does_not_read_is_refused(tmp_path):
+    folder = image_folder(tmp_path / "set", classes=2, train=1, test=1)
+    for words, said in (({"config": "en"}, "dataset config"), ({"image_column": "x"}, "image column"),
+                        ({"label_column": "x"}, "label column")):  # fmt: skip
+        with pytest.raises(InputError, match=f"has no {said}"):
+            data.load(str(folder), "train", **words)
+    with pytest.raises(InputError, match="has no label column"):
+        data.load("svhn", "train", root=str(tmp_path), label_column="x")
+    with pytest.raises(InputError, match="has no partitions"):
+        data.load("cub200", "train", root=str(tmp_path), config="2")
+
+
+def test_images_without_labels(tmp_path):
+    from pyarrow import parquet
+
+    (tmp_path / "flat" / "deep").mkdir(parents=True)
+    for name in ("b.png", "a.png", "deep/c.png"):
+        Image.new("RGB", (4, 4), (len(name), 0, 0)).save(tmp_path / "flat" / name)
+    with pytest.raises(InputError, match="no split 'test'"):
+        data.load(str(tmp_path / "flat"), "test")
+    found = data.load(str(tmp_path / "flat"), "test", labelled=False)
+    assert found.classes == () and found.labels == (0, 0, 0) and found.read(2).getpixel((0, 0)) == (10, 0, 0)
+    folder = image_folder(tmp_path / "set", classes=2, train=3, test=1)
+    assert [len(data.load(str(folder), s, labelled=False)) for s in ("train", "test", "train+test")] == [6, 2, 8]
+    folder = parquet_folder(tmp_path / "parquet", classes=2, train=3, test=2)
+    file = folder / "data" / "validation-00000-of-00001.parquet"
+    parquet.write_table(parquet.read_table(file).drop_columns(["label"]), file)
+    with pytest.raises(InputError, match="none of the columns label"):
+        data.load(str(folder), "test")
+    found = data.load(str(folder), "test", labelled=False)
+    assert found.classes == () and len(found) == 4 and found.read(3).size == (16, 20)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match="holds no image"):
+        data.load(str(tmp_path / "none"), "test", labelled=False)
+
+
+def test_one_saved_split_is_no_other(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    columns = {"image": [np.full((4, 4, 3), i, dtype=np.uint8) for i in range(3)], "label": [0, 1, 1]}
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
+    for split, there in ((datasets.Split.TEST, "test"), (None, "train")):
+        place = str(tmp_path / there)
+        datasets.Dataset.from_dict(columns, features=features, split=split).save_to_disk(place)
+        assert data.load(place, there).labels == (0, 1, 1)
+        with pytest.raises(InputError, match=f"it has {there}"):
+            data.load(place, {"test": "train", "train": "test"}[there])
 
 
 def test_idx_and_json_digits(tmp_path):
@@ -106,6 +157,84 @@ def test_sets_whose_links_are_dead_say_what_to_fill(tmp_path):
         assert f"fill {tmp_path}/" in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(InputError, match="is no folder and no set of torchvision.*did you mean cifar100"):
         data.load("cifar_1000", "train")
+
+
+def make_svhn(root):
+    scipy = pytest.importorskip("scipy.io")
+    pixels = np.zeros((32, 32, 3, 3), dtype=np.uint8)
+    pixels[..., 1] = 9
+    scipy.savemat(root / "test_32x32.mat", {"X": pixels, "y": np.array([[1], [10], [3]])})  # 10 stands for the digit 0
+
+
+def make_cifar100(root):
+    place = root / "cifar-100-python"
+    place.mkdir()
+    pixels = np.zeros((3, 3072), dtype=np.uint8)
+    pixels[1] = 9
+    body = {"data": pixels, "fine_labels": [1, 0, 3], "coarse_labels": [0, 0, 0]}
+    names = {"fine_label_names": ["apple", "fish", "bee", "cup"]}
+    for file, values in (("test", body), ("meta", names)):
+        (place / file).write_bytes(pickle.dumps(values))
+
+
+def make_food101(root):
+    place = root / "food-101"
+    (place / "meta").mkdir(parents=True)
+    files = {"apple": ["apple/b"], "bread": ["bread/a"], "soup": [], "tart": ["tart/c"]}
+    (place / "meta" / "test.json").write_text(json.dumps({k: files[k] for k in ("bread", "apple", "tart", "soup")}))
+    for name in ("bread/a", "apple/b", "tart/c"):
+        (place / "images" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8), (9, 9, 9)).save(place / "images" / f"{name}.jpg")
+
+
+def make_dtd(root):
+    place = root / "dtd" / "dtd"
+    (place / "labels").mkdir(parents=True)
+    lines = ["dotted/a.jpg", "banded/b.jpg", "wavy/c.jpg"]
+    (place / "labels" / "test2.txt").write_text("\n".join(lines))
+    for name in lines:
+        (place / "images" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8), (9, 9, 9)).save(place / "images" / name)
+
+
+def make_pcam(root):
+    (root / "pcam").mkdir()
+    for kind in "xy":
+        (root / "pcam" / f"camelyonpatch_level_2_split_test_{kind}.h5").touch()
+
+
+class H5:
+    """What PCAM asks of h5py: three images of 96 pixels, and a label of each."""
+
+    def __init__(self, file):
+        pixels, labels = np.zeros((3, 96, 96, 3), dtype=np.uint8), np.array([1, 0, 1]).reshape(3, 1, 1, 1)
+        pixels[1] = 9
+        self.held = {"x": pixels, "y": labels}
+
+    def __enter__(self):
+        return self.held
+
+    def __exit__(self, *error):
+        pass
+
+
+@pytest.mark.parametrize("make, labels, classes, config", [
+    (make_svhn, (1, 0, 3), ("0", "1", "2", "3"), None),
+    (make_cifar100, (1, 0, 3), ("apple", "fish", "bee", "cup"), None),
+    (make_food101, (1, 0, 3), ("apple", "bread", "soup", "tart"), None),
+    (make_dtd, (1, 0, 2), ("banded", "dotted", "wavy"), "2"),
+    (make_pcam, (1, 0, 1), ("0", "1"), None),
+])  # fmt: skip
+def test_sets_of_torchvision_are_read(tmp_path, monkeypatch, make, labels, classes, config):
+    from torchvision import datasets
+
+    monkeypatch.setitem(sys.modules, "h5py", SimpleNamespace(File=H5))
+    monkeypatch.setattr(datasets.SVHN, "_check_integrity", lambda self: True)  # which asks for the real files' hashes
+    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda *words: True)
+    make(tmp_path)
+    found = data.load(make.__name__.removeprefix("make_"), "test", root=str(tmp_path), config=config)
+    assert found.labels == labels and found.classes == classes
+    assert found.read(1).mode == "RGB" and abs(found.read(1).getpixel((0, 0))[0] - 9) <= 2
 
 
 def test_filled_layouts_are_read(tmp_path):

@@ -61,6 +61,42 @@ def test_a_clip_gives_its_image_features_and_a_zero_shot_head(tmp_path):
         heads.zero_shot(tower, ["dog"], str(tmp_path / "words.txt"))
 
 
+def test_the_source_head_goes_by_names_where_there_are_any(folders, caplog):
+    tower = models.load(str(folders["timm"]))
+    x, head = torch.randn(2, 24), tower.source_head
+    tower.source_classes = ("a cat", "dog", "Owl", "bus")
+    found = heads.source_head(tower, ["bus", "a_cat", "dog", "owl"], "openai")
+    with torch.no_grad():
+        torch.testing.assert_close(found(x), head(x)[:, [3, 0, 1, 2]])
+    assert heads.source_head(tower, ["a cat", "dog", "owl", "bus"], "openai") is head and not caplog.records
+    assert heads.source_head(tower, ["sun", "moon", "star", "sky"], "openai") is head
+    assert "sun, moon, star" in caplog.text
+    caplog.clear()
+    tower.source_classes = tuple(f"LABEL_{i}" for i in range(4))
+    assert heads.source_head(tower, ["sun", "moon", "star", "sky"], "openai") is head and not caplog.records
+
+
+def test_imagenets_names_are_for_imagenet_alone(monkeypatch):
+    import open_clip
+    from open_clip import zero_shot_metadata as words
+
+    asked = []
+    monkeypatch.setattr(open_clip, "build_zero_shot_classifier",
+                        lambda clip, tokenizer, names, *more, **rest: asked.append(names) or torch.zeros(8, len(names)))
+    tower, known = models.load(str(world.ROOT / "assets" / "world" / "tiny-clip")), list(words.IMAGENET_CLASSNAMES)
+    wnids = [f"n{i:08d}" for i in range(1000)]
+    own = [name if i % 3 else f"{name}, something else" for i, name in enumerate(known)]
+    others = [f"dish {i}" for i in range(1000)]
+    for classes in (wnids, own, others, wnids[::-1]):
+        heads.source_head(tower, classes, "simple")
+    assert asked == [known, known, others, wnids[::-1]]
+
+
+def test_templates_are_for_clips(folders):
+    with pytest.raises(InputError, match="no CLIP"):
+        heads.source_head(models.load(str(folders["timm"])), ["a", "b", "c", "d"], "openai imagenet")
+
+
 def trained(tower: models.Tower, adapter, steps: int = 6) -> tuple[list[float], list[torch.Tensor]]:
     """The losses of some steps, and the deltas of q and v in order."""
     torch.manual_seed(3)
@@ -149,6 +185,22 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path):
 def test_random_weights_on_request():
     tower = models.load("test_vit", pretrained="random")
     assert tower.width == 64 and tower.source_head.out_features == 1000
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers", "open_clip"])
+def test_random_weights_are_a_function_of_the_seed(folders, library):
+    name = str(world.ROOT / "assets" / "world" / "tiny-clip") if library == "open_clip" else str(folders[library])
+    if library == "timm":
+        name = "test_vit"
+    state = torch.random.get_rng_state()
+    one = models.load(name, pretrained="random", seed=3)
+    assert torch.equal(state, torch.random.get_rng_state())
+    torch.rand(3)
+    same, other = (models.load(name, pretrained="random", seed=seed) for seed in (3, 4))
+    pairs = [(p, same.state_dict()[n], other.state_dict()[n]) for n, p in one.state_dict().items()]
+    assert all(torch.equal(a, b) for a, b, _ in pairs) and any(not torch.equal(a, c) for a, _, c in pairs)
+    if one.source_head is not None:
+        assert torch.equal(one.source_head.weight, same.source_head.weight)
 
 
 @pytest.mark.parametrize("library", ["timm", "transformers"])

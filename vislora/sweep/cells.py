@@ -119,6 +119,7 @@ class Runner:
             return None
         outcome = Outcome(code == 0, time.monotonic() - begun, "" if code == 0 else _last_line(place.path / LOG, code))
         state = {"ok": outcome.ok, "seconds": round(outcome.seconds, 1), "last": outcome.last, "label": cell.label}
+        state |= {"tuning": cell.tuning} if cell.tuning else {}
         part = place.path / (STATE + ".part")
         part.write_text(json.dumps(state, indent=1) + "\n")
         part.replace(place.path / STATE)

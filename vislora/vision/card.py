@@ -22,6 +22,7 @@ _SCORES = {
     "source_accuracy": "source accuracy after, by the kept head", "geometric_mean": "geometric mean of both tasks",
     "source_knn20_accuracy_before": "source accuracy by 20 neighbours before",
     "source_knn20_accuracy": "source accuracy by 20 neighbours after",
+    "geometric_mean_knn20": "geometric mean of both tasks, the source by 20 neighbours",
     "source_feature_cka": "linear CKA of the source's features, before with after",
 }  # fmt: skip
 _CAUTION = """A bound on the weights is no bound on
@@ -48,8 +49,9 @@ def run_card(folder: RunFolder, o: ClassificationOptions, certificate: Mapping, 
         f"# {plain(folder.path.name)}",
         f"{kind} of {code(base)} on {code(Path(o.dataset_name).name)} ({len(classes)} classes){old}.",
         f"| score | |\n|---|---|\n{rows}",
+        f"Images are prepared as the model's own pipeline does it: {_prepared(figures['preprocess'])}.",
         "\n\n".join(pictures),
-        f"## Use\n\n{_usage(folder, base, o.library, exported)}",
+        f"## Use\n\n{_usage(folder, o, exported)}",
     ]
     if method != "none":
         parts.append(f"## Norm bound\n\n{bound_text(certified(certificate), _CAUTION)}")
@@ -57,15 +59,25 @@ def run_card(folder: RunFolder, o: ClassificationOptions, certificate: Mapping, 
     return "\n\n".join(parts) + "\n"
 
 
-def _usage(folder: RunFolder, base: str, library: str | None, exported: Path | None) -> str:
-    own = folder.path.name
+def _prepared(p: Mapping) -> str:
+    """The words of `evaluate.preprocess_words` in one sentence."""
+    side = p["size"]
+    fit = f"squashed to {side} x {side}" if p["squash"] else f"short side to {int(side / p['crop_pct'])}, middle {side}"
+    return f"{fit} pixels, {p['interpolation']}, mean {tuple(p['mean'])}, std {tuple(p['std'])}"
+
+
+def _usage(folder: RunFolder, o: ClassificationOptions, exported: Path | None) -> str:
+    own, words = folder.path.name, {"library": o.library, "pretrained": o.pretrained}
+    if o.pretrained == "random":
+        words["seed"] = o.seed
+    how = "".join(f", {name}={value!r}" for name, value in words.items() if value is not None)
     load = f"vislora.load(tower.model, {f'{own}/adapter'!r})\n" if folder.adapter.exists() else ""
     text = f"""```python
 import vislora
 from safetensors.torch import load_file
 from vislora.vision import models
 
-tower = models.load({base!r}{f', library={library!r}' if library else ''})  # or the library's own model
+tower = models.load({o.model_name_or_path!r}{how})  # or the library's own model
 {load}head = load_file({f'{own}/head.safetensors'!r})
 logits = tower(images) @ head["weight"].T + head["bias"]
 ```"""

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from vislora.errors import InputError
+from vislora.sweep.cells import STATE
 from vislora.training.run import RunFolder
 from vislora.vision import plots, results
 
-SCORES = ("target_accuracy", "source_accuracy", "geometric_mean", "arithmetic_mean", "nuclear_ratio")
+_MOST = 12  # curves in one picture
+BY = ("head", "knn10", "knn20", "knn100", "knn200")
 _APART = ("seed", "output_dir", "cpu_threads", "logging_steps", "report_to", "checkpointing_steps")
 # two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
@@ -53,23 +55,43 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def find(places: Sequence[Path]) -> list[Path]:
-    """The ended runs that `places` are or hold, at any depth. InputError for none."""
+    """The ended runs that `places` are or hold, at any depth; of a sweep's folder not those that chose its settings.
+    InputError for none."""
     found = sorted({file.parent for place in places for file in place.rglob("metrics.json")})
-    found = [run for run in found if RunFolder(run).config_file.is_file()]
+    found = [run for run in found if RunFolder(run).config_file.is_file() and not _tuned(run, places)]
     if not found:
         raise InputError("--runs", f"{', '.join(map(str, places))} hold no run that has ended", "name runs' folders")
     return found
 
 
-def settings(runs: Sequence[Path]) -> list[Setting]:
+def _tuned(run: Path, places: Sequence[Path]) -> bool:
+    """Whether `run` is a tuning run of a sweep, and not named itself."""
+    try:
+        return run not in places and bool(json.loads((run.parent / STATE).read_text(encoding="utf-8")).get("tuning"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def score_names(by: str) -> tuple[str, str, str, str, str]:
+    """The figures of metrics.json that are compared: target, source, both's geometric and arithmetic mean, the norm.
+
+    by: one of BY, what the source is scored by."""
+    mean = "" if by == "head" else f"_{by}"
+    source = "source_accuracy" if by == "head" else f"source_{by}_accuracy"
+    return "target_accuracy", source, f"geometric_mean{mean}", f"arithmetic_mean{mean}", "nuclear_ratio"
+
+
+def settings(runs: Sequence[Path], by: str = "head") -> list[Setting]:
     """The runs by setting, in the order in which settings first occur; a setting is told by the options that differ
-    among its method's runs. InputError for a run without source scores."""
+    among its method's runs. InputError for a run without source scores `by` that."""
+    source = score_names(by)[1]
     flat = {}
     for run in runs:
         own = RunFolder(run).read_config()
         scores = json.loads(RunFolder(run).metrics_file.read_text(encoding="utf-8"))
-        if "source_accuracy" not in scores:
-            raise InputError(str(run), "has no source accuracy", "compare runs with --source_dataset_name")
+        if source not in scores:
+            remedy = "take another --score, or compare runs with --source_dataset_name" + " and --knn" * (by != "head")
+            raise InputError(str(run), f"has no {source}", remedy)
         flat[run] = ({**own, **(own.get("adapter_options") or {})}, scores)
     by_method: dict[str, list[dict[str, Any]]] = {}
     for own, _ in flat.values():
@@ -87,43 +109,49 @@ def settings(runs: Sequence[Path]) -> list[Setting]:
     return list(found.values())
 
 
-def report(places: Sequence[Path], out: Path) -> str:
-    """Write out/compared.csv and the pictures of all ended runs under `places`; returns the table as text."""
-    found = settings(find(places))
+def report(places: Sequence[Path], out: Path, by: str = "head") -> str:
+    """Write out/compared.csv and the pictures of all ended runs under `places`; returns the table as text.
+
+    by: one of BY, what the source is scored by: the kept head, or so many neighbours."""
+    found, names_of = settings(find(places), by), score_names(by)
+    _, source, mean, *_ = names_of
     out.mkdir(parents=True, exist_ok=True)
     names = [k for k in dict.fromkeys(k for s in found for k in s.options)]
     with (out / "compared.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["method", *names, "seeds", *(c for s in SCORES for c in (s, f"{s}_half_width"))])
+        table.writerow(["method", *names, "seeds", *(c for s in names_of for c in (s, f"{s}_half_width"))])
         for s in found:
-            means = [f"{v:.6g}" for score in SCORES for v in s.mean(score)]
+            means = [f"{v:.6g}" for score in names_of for v in s.mean(score)]
             table.writerow([s.method, *(s.options.get(k, "") for k in names), len(s.scores), *means])
     groups: dict[str, list[Setting]] = {}
     for s in found:
         groups.setdefault(s.method, []).append(s)
     points, spread = {}, {}
     for method, own in groups.items():
-        both = [(s.mean("source_accuracy"), s.mean("target_accuracy")) for s in own]
+        both = [(s.mean(source), s.mean("target_accuracy")) for s in own]
         points[method] = [(a[0], b[0]) for a, b in both]
         spread[method] = [tuple(0 if math.isnan(x[1]) else x[1] for x in pair) for pair in both]
     plots.trade_off(out / "trade_off.png", points, spread)
-    first = {s.label: results.curve(RunFolder(s.runs[0]).lines_file) for s in found}
-    if len(first) <= 12:
-        plots.over_steps(out / "steps.png", first)
+    shown = sorted(found, key=lambda s: -s.mean(mean)[0])[:_MOST]
+    curves = {s.label: results.mean_curve([RunFolder(run).lines_file for run in s.runs]) for s in found if s in shown}
+    plots.over_steps(out / "steps.png", curves)
     for name in names:
-        _against(out, name, groups)
-    rows = [f"{s.label:60} " + " ".join(f"{s.mean(k)[0]:.3f} +- {s.mean(k)[1]:.3f}" for k in SCORES[:3]) for s in found]
-    return "\n".join([f"{'setting':60} target, source, geometric mean", *rows, f"look at    {out}/trade_off.png"])
+        _against(out, name, groups, mean)
+    first = names_of[:3]
+    rows = [f"{s.label:60} " + " ".join(f"{s.mean(k)[0]:.3f} +- {s.mean(k)[1]:.3f}" for k in first) for s in found]
+    title = f"{'setting':60} {', '.join(first)}".replace("_", " ")
+    rows += [f"steps.png has the {_MOST} settings of highest {mean.replace('_', ' ')}"] if len(found) > _MOST else []
+    return "\n".join([title, *rows, f"look at    {out}/trade_off.png"])
 
 
-def _against(out: Path, name: str, groups: Mapping[str, Sequence[Setting]]) -> None:
+def _against(out: Path, name: str, groups: Mapping[str, Sequence[Setting]], mean: str) -> None:
     """The geometric mean over one numeric option: of each method the settings whose other options have their commonest
     values, so that one factor moves at a time."""
     lines = {}
     for method, own in groups.items():
         usual = {key: statistics.mode(s.options[key] for s in own) for key in own[0].options}
         line = [
-            (float(s.options[name]), *s.mean("geometric_mean")) for s in own
+            (float(s.options[name]), *s.mean(mean)) for s in own
             if isinstance(s.options.get(name), int | float) and not isinstance(s.options[name], bool)
             and all(v == usual[k] for k, v in s.options.items() if k != name)
         ]  # fmt: skip

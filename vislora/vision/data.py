@@ -56,41 +56,62 @@ class ImageSet:
         return self.subset(rest), self.subset(sorted(held))
 
     def fingerprint(self) -> str:
-        """Of name, order and labels: what a resumed run must find again."""
+        """Of the name, the classes, and every label in order: no image is read for it."""
         said = repr((Path(self.name).name, self.classes, self.labels)).encode()
         return sha256(said).hexdigest()
 
 
 def load(name: str, split: str, *, config: str | None = None, root: str = "data", image_column: str | None = None,
-         label_column: str | None = None) -> ImageSet:  # fmt: skip
+         label_column: str | None = None, labelled: bool = True) -> ImageSet:  # fmt: skip
     """One split of the dataset called `name`.
 
     name: a torchvision set (see `torchvision_sets.NAMES`), a folder, or a hub id. A folder may hold a dataset that
     `datasets` reads (save_to_disk's, or parquet), train/ and test/ of class folders, idx files, or JSON digits.
     split: "train", "test" (the folder's or hub's validation split where it has no test), or as it is called there;
     several joined by +. config: of a hub dataset, or the partition of a torchvision set that has several. root: where
-    torchvision's sets lie or go. Raises InputError, in one line, for what is missing, with the layout to fill.
+    torchvision's sets lie or go. labelled: False for images alone, of which a folder may then hold any, in any depth;
+    the set has no classes, and zeros for labels.
+    Raises InputError, in one line, for what is missing, with the layout to fill.
     """
-    from vislora.vision import digits, tables, torchvision_sets
-
+    words = {"config": config, "root": root, "image_column": image_column, "label_column": label_column}
     parts = [p for p in split.split("+") if p]
     if len(parts) > 1:
-        words = {"config": config, "root": root, "image_column": image_column, "label_column": label_column}
-        return join([load(name, part, **words) for part in parts])
+        return join([load(name, part, labelled=labelled, **words) for part in parts])
+    found = _load(name, split, labelled=labelled, **words)
+    return found if labelled else replace(found, classes=(), labels=(0,) * len(found))
+
+
+def _load(name: str, split: str, config: str | None, root: str, image_column: str | None, label_column: str | None,
+          labelled: bool) -> ImageSet:  # fmt: skip
+    """One split, by what `name` turns out to be."""
+    from vislora.vision import digits, tables, torchvision_sets
+
+    columns = (image_column, label_column) if labelled else (image_column,)
     folder = Path(name)
+    read_by_datasets = folder.is_dir() and tables.recognise(folder) and not digits.recognise(folder)
     if torchvision_sets.known(name) and not folder.is_dir():
+        _require_unread(name, image_column=image_column, label_column=label_column)
         return torchvision_sets.load(name, split, root, config)
     if not folder.is_dir():
         if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.parent.is_dir():
             sets = torchvision_sets.NAMES
             wrong = f"is no folder and no set of torchvision{near(name.lower(), sets)}"
             raise InputError(f"dataset {name}", wrong, f"name a folder, a hub id, or {', '.join(sets)}")
-        return tables.load(name, split, config, image_column, label_column)
+        return tables.load(name, split, config, *columns)
+    if read_by_datasets:
+        return tables.load(name, split, config, *columns)
+    _require_unread(name, dataset_config=config, image_column=image_column, label_column=label_column)
     if digits.recognise(folder):
         return digits.load(folder, split)
-    if tables.recognise(folder):
-        return tables.load(name, split, config, image_column, label_column)
-    return _class_folders(folder, split)
+    return _class_folders(folder, split) if labelled else _images(folder, split)
+
+
+def _require_unread(name: str, **words: str | None) -> None:
+    """Raise InputError for one of these that is given: the set called `name` knows no such thing."""
+    for word, value in words.items():
+        if value is not None:
+            wrong = f"has no {word.replace('_', ' ')} ({value!r} was given)"
+            raise InputError(f"dataset {name}", wrong, f"leave --{word}_name out")
 
 
 def join(sets: Sequence[ImageSet]) -> ImageSet:
@@ -117,6 +138,17 @@ def pick_split(asked: str, there: Sequence[str], name: str) -> str:
             return found[0]
     wrong = f"has no split {asked!r}{near(asked, there)}"
     raise InputError(f"dataset {name}", wrong, f"it has {', '.join(there) or 'none'}")
+
+
+def _images(folder: Path, split: str) -> ImageSet:
+    """Every image under folder/SPLIT, or under the folder where it has no such split, by path."""
+    splits = [p.name for p in folder.iterdir() if p.is_dir()]
+    there = split in splits or (split in _TESTS and any(word in splits for word in _TESTS))
+    place = folder / pick_split(split, splits, str(folder)) if there else folder
+    files = sorted(file for file in place.rglob("*") if file.suffix.lower() in images.EXTENSIONS)
+    if not files:
+        raise InputError(str(place), "holds no image", "put them there")
+    return ImageSet(str(folder), (), (0,) * len(files), lambda i: images.read(files[i]))
 
 
 def _class_folders(folder: Path, split: str) -> ImageSet:

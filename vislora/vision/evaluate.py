@@ -64,32 +64,61 @@ class Evaluator:
         return self.accelerator.gather(torch.cat(list(column)))[:n]
 
 
+@dataclass(frozen=True)
+class Source:
+    """The source task at one time: outputs, scores by the kept head (None without one), by neighbours for each k."""
+
+    outputs: Outputs
+    head: Scores | None
+    knn: dict[int, Scores]
+
+
 class SourceTask:
     """The task that the model could do before, and what is left of it."""
 
-    def __init__(self, evaluator: Evaluator, test: ImageSet, few: ImageSet, bank: ImageSet | None):
+    def __init__(self, evaluator: Evaluator, test: ImageSet, few: ImageSet, bank: ImageSet | None = None,
+                 few_bank: ImageSet | None = None):  # fmt: skip
         """test: scored before and after; few: a fixed part of it for scores on the way; bank: where neighbours are
-        sought, None for not at all."""
-        self.evaluator, self.test, self.few, self.bank = evaluator, test, few, bank
+        sought, None for not at all; few_bank: the same on the way."""
+        self.evaluator, self.test, self.few, self.bank, self.few_bank = evaluator, test, few, bank, few_bank
         self.classes = len(test.classes)
+        self._at_first: Tensor | None = None
 
-    def head(self, few: bool = False) -> Scores | None:
+    def head(self) -> Scores | None:
         """By the kept head; None where there is none."""
-        out = self.evaluator(self.few if few else self.test)
+        out = self.evaluator(self.test)
         return None if out.source is None else scores(out.source, out.labels)
 
-    def full(self) -> tuple[Outputs, Scores | None, dict[int, Scores]]:
-        """All of it: (outputs, by the kept head, {k: by k neighbours of the bank})."""
-        out = self.evaluator(self.test)
+    def before(self) -> Source:
+        """`full` of the model as it came, whose features are kept: what `on_the_way` compares with."""
+        self._at_first = self.evaluator(self.few).features
+        return self.full()
+
+    def full(self) -> Source:
+        """All of it."""
+        return self._scored(self.test, self.bank)
+
+    def on_the_way(self) -> dict[str, float]:
+        """The figures of the fixed parts, by the names of metrics.json: by the kept head where there is one, by at most
+        20 neighbours where there is a bank, and how much the features still are what they were at `before`."""
+        found = self._scored(self.few, self.few_bank, most=20)
+        values = {} if found.head is None else {"source_accuracy": found.head.top1}
+        values |= {f"source_knn{k}_accuracy": score.top1 for k, score in found.knn.items()}
+        if self._at_first is not None:
+            values["source_feature_cka"] = forgetting.linear_cka(self._at_first, found.outputs.features)
+        return values
+
+    def _scored(self, images: ImageSet, known: ImageSet | None, most: int = max(forgetting.KNN_K)) -> Source:
+        out = self.evaluator(images)
         head = None if out.source is None else scores(out.source, out.labels)
         knn = {}
-        if self.bank is not None:
-            bank = self.evaluator(self.bank)
+        if known is not None:
+            bank = self.evaluator(known)
             for k in forgetting.KNN_K:
-                if k <= len(self.bank):
+                if k <= min(most, len(known)):
                     votes = forgetting.knn_logits(bank.features, bank.labels, out.features, self.classes, k)
                     knn[k] = scores(votes, out.labels)
-        return out, head, knn
+        return Source(out, head, knn)
 
 
 def preprocess_words(p: Preprocess) -> dict:

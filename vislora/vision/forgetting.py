@@ -7,7 +7,7 @@ a rotation of the features as forgetting, the second does not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -24,6 +24,15 @@ KNN_K = (10, 20, 100, 200)
 def geometric_mean(source: float, target: float) -> float:
     """sqrt(source target), as NB-LoRA's Figure 7."""
     return math.sqrt(source * target)
+
+
+def means(values: Mapping[str, float], target: str) -> dict[str, float]:
+    """The geometric mean of `values[target]` and each source accuracy in `values`: "geometric_mean" of the kept head's,
+    "geometric_mean_knn20" of 20 neighbours', and so on. Nothing without `target`."""
+    names = {"source_accuracy": "geometric_mean"}
+    names |= {f"source_knn{k}_accuracy": f"geometric_mean_knn{k}" for k in KNN_K}
+    both = {name: key for key, name in names.items() if key in values and target in values}
+    return {name: geometric_mean(values[key], values[target]) for name, key in both.items()}
 
 
 def knn_logits(

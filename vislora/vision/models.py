@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vislora.errors import InputError, near
+from vislora.training.random import generator
 
 LIBRARIES = ("timm", "transformers", "open_clip")
 _OPENAI_MEAN, _OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -83,17 +84,21 @@ class _Choice:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load(name: str, library: str | None = None, pretrained: str | None = None) -> Tower:
+def load(name: str, library: str | None = None, pretrained: str | None = None, seed: int = 0) -> Tower:
     """The image tower that `name` means, in float32, in eval mode, on the CPU.
 
     name: a folder in timm's, transformers' or open_clip's format, a name of timm or open_clip, or a hub id ("timm/…"
     is timm's, another is transformers' unless `library` says otherwise).
     pretrained: for timm's and open_clip's names the weights: "random", a .safetensors file, or for open_clip a tag;
-    None is the name's own weights, of which open_clip's names have none. Raises InputError for what cannot be had.
+    None is the name's own weights, of which open_clip's names have none.
+    seed: random weights are a function of it; torch's global generator stays as it was.
+    Raises InputError for what cannot be had.
     """
     choice = _choose(name, library)
     try:
-        tower = _LOADERS[choice.library](choice.name, pretrained)
+        with torch.random.fork_rng(devices=[]):  # libraries draw from the global generator
+            torch.manual_seed(generator(seed, "random weights").initial_seed())
+            tower = _LOADERS[choice.library](choice.name, pretrained)
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError, ImportError) as error:

@@ -62,7 +62,14 @@ class ClassificationOptions:
     source_dataset_name: str | None = option(
         None, "what the model knew before, as --dataset_name; none: forgetting is not measured", group=_SOURCE
     )
-    source_config_name: str | None = option(None, "as --dataset_config_name", group=_SOURCE)
+    source_config_name: str | None = option(None, "as --dataset_config_name", group=_SOURCE,
+                                             aliases=("source_dataset_config_name",))  # fmt: skip
+    source_unlabelled: bool = option(
+        False, "its labels are missing, or not those of the model's head: measure the drift of features alone",
+        group=_SOURCE, aliases=("unlabelled",),
+    )  # fmt: skip
+    source_image_column_name: str | None = option(None, "as --image_column_name", group=_SOURCE)
+    source_label_column_name: str | None = option(None, "as --label_column_name", group=_SOURCE)
     source_train_split: str = option("train", "neighbours are sought there", group=_SOURCE)
     source_test_split: str = option("test", "as --test_split", group=_SOURCE)
     max_source_samples: int | None = option(
@@ -72,7 +79,9 @@ class ClassificationOptions:
     zero_shot_templates: str = option(
         "openai", "of a CLIP's source head: simple, openai, or a file with a template a line", group=_SOURCE
     )
-    knn: bool = option(False, "score the source by neighbours too, before and after training", group=_SOURCE)
+    knn: bool = option(
+        False, "score the source by neighbours too; on the way among as many as --max_source_samples", group=_SOURCE
+    )
 
     crop_scale: float = option(1.0, "below 1: random crops of this share of the area or more", group=_IMAGE)
     hflip: float = option(0.0, "chance of mirroring", group=_IMAGE)
@@ -82,7 +91,8 @@ class ClassificationOptions:
     random_erasing: float = option(0.0, "chance of erasing a rectangle", group=_IMAGE)
     mixup_alpha: float = option(0.0, "0: no mixup; with cutmix too, each batch takes one", group=_IMAGE)
     cutmix_alpha: float = option(0.0, "0: no cutmix", group=_IMAGE)
-    label_smoothing: float = option(0.0, "spread over all classes", group=_IMAGE)
+    label_smoothing: float = option(0.0, "spread over all classes", group=_IMAGE,
+                                    aliases=("label_smoothing_factor",))  # fmt: skip
 
     adapter: str = option(
         "nb_lora", "a method, or full, none (linear probe) or peft; its options are flags of their own", group=_ADAPTER
@@ -108,21 +118,25 @@ class ClassificationOptions:
         aliases=("lr_scheduler_type",),
     )  # fmt: skip
     warmup_ratio: float = option(0.1, "share of the steps in which the rate rises", group=_TRAIN)
+    warmup_steps: int | None = option(None, "the same in steps; none: by warmup_ratio", group=_TRAIN,
+                                      aliases=("lr_warmup_steps",))  # fmt: skip
     adam_beta1: float = option(0.9, "AdamW's", group=_TRAIN)
     adam_beta2: float = option(0.999, "AdamW's", group=_TRAIN)
     adam_weight_decay: float = option(1e-2, "AdamW's", group=_TRAIN, aliases=("weight_decay",))
     adam_epsilon: float = option(1e-8, "AdamW's", group=_TRAIN)
     max_grad_norm: float = option(1.0, "all gradients together are clipped to this norm", group=_TRAIN)
-    allow_tf32: bool = option(False, "faster float32 products on recent GPUs", group=_TRAIN)
-    compile: bool = option(False, "compute the network that trains in graphs, by torch.compile", group=_TRAIN)
+    allow_tf32: bool = option(False, "faster float32 products on recent GPUs", group=_TRAIN, aliases=("tf32",))
+    compile: bool = option(False, "compute the network that trains in graphs, by torch.compile", group=_TRAIN,
+                           aliases=("torch_compile",))  # fmt: skip
     ema_decay: float | None = option(None, "score and keep an average of what trains; 0.999 is usual", group=_TRAIN)
     ema_warmup: bool = option(True, "let early averages forget the start", group=_TRAIN)
     final_model: Literal["last", "best"] = option(
-        "last", "what is reported and saved as the adapter; the best on validation is kept beside it", group=_TRAIN
+        "last", "what is reported and saved as the adapter; the other is kept and scored beside it", group=_TRAIN
     )
 
     optimizer: Literal["adamw", "scaled_adamw", "lora_pro", "alt_lora"] = option(
-        "adamw", "of the adapter; the others treat two factors together. The head has AdamW", group=_OPTIMIZER
+        "adamw", "of the adapter; the others treat two factors together. The head has AdamW", group=_OPTIMIZER,
+        aliases=("optim",),
     )
     optimizer_damping: float | None = option(None, "of the others' inverses of Gram matrices; none: 1e-6",
                                              group=_OPTIMIZER)  # fmt: skip
@@ -166,7 +180,7 @@ class ClassificationOptions:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"--{name}", f"{value} is not a positive number", "give one, such as 5e-3")
-        for name in ("adam_weight_decay", "head_weight_decay", "mixup_alpha", "cutmix_alpha"):
+        for name in ("adam_weight_decay", "head_weight_decay", "mixup_alpha", "cutmix_alpha", "warmup_steps"):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise InputError(f"--{name}", f"{value} is negative or not finite", "give 0 or more")
@@ -182,14 +196,26 @@ class ClassificationOptions:
             raise InputError("--randaugment_magnitude", f"{self.randaugment_magnitude} is not in 0 to 30", "9 is usual")
         if self.dataloader_num_workers < 0:
             raise InputError("--dataloader_num_workers", f"{self.dataloader_num_workers} is negative", "give 0 or more")
+        for name in ("randaugment_ops", "randaugment_magnitude"):
+            if self.auto_augment != "randaugment" and getattr(self, name) != getattr(type(self), name):
+                wrong = f"{getattr(self, name)} beside --auto_augment {self.auto_augment}: nothing reads it"
+                raise InputError(f"--{name}", wrong, "add --auto_augment randaugment, or leave it out")
+        if not self.ema_warmup and self.ema_decay is None:
+            raise InputError("--no_ema_warmup", "there is no average without --ema_decay", "add it, or leave this out")
         if self.final_model == "best" and not self.train_val_split:
             raise InputError("--final_model", "best beside --train_val_split 0: nothing to choose by", "hold some out")
+        if self.knn and self.source_unlabelled:
+            raise InputError("--knn", "has no labels to vote with beside --source_unlabelled", "leave one of them out")
         own_options(self)
 
     @property
     def data(self) -> tuple[str | None, str | None]:
         """Where the target's and the source's images are."""
         return self.dataset_name, self.source_dataset_name
+
+    def warmup(self, total: int) -> float:
+        """The share of `total` steps in which the rate rises."""
+        return self.warmup_ratio if self.warmup_steps is None else min(1.0, self.warmup_steps / total)
 
     def require_whole(self) -> None:
         """Raise InputError unless model and target data are there."""
@@ -198,6 +224,8 @@ class ClassificationOptions:
                 raise InputError(f"--{name}", "is not given", "give both the model and the data, or neither")
         if self.knn and self.source_dataset_name is None:
             raise InputError("--knn", "has no source data to look in", "give --source_dataset_name")
+        if self.source_unlabelled and self.source_dataset_name is None:
+            raise InputError("--source_unlabelled", "has no source data", "give --source_dataset_name")
 
     def target_words(self) -> str | tuple[str, ...] | None:
         """`targets` as `vislora.attach` takes it: one word may be a preset or a pattern."""

@@ -21,9 +21,14 @@ def _axes(columns: int = 1, width: float = 5.0, height: float = 4.0):
 def over_steps(file: Path, curves: Mapping[str, Mapping[str, Points]], ratio: bool = True) -> Path:
     """Accuracy on target and source, and the largest nuclear-norm ratio, against steps (NB-LoRA, Figure 6).
 
-    curves: {run: {"validation_accuracy" | "source_accuracy" | "nuclear_ratio": [(step, value)]}}.
+    curves: {run: {"validation_accuracy" | "source_accuracy" | "nuclear_ratio": [(step, value)]}}. Where no run has a
+    source accuracy by the kept head, that by neighbours or the features' CKA stands in its place.
     """
-    names = {"validation_accuracy": "target accuracy", "source_accuracy": "source accuracy"}
+    old = {"source_accuracy": "source accuracy", "source_knn20_accuracy": "source accuracy by 20 neighbours",
+           "source_knn10_accuracy": "source accuracy by 10 neighbours",
+           "source_feature_cka": "linear CKA of the source's features"}  # fmt: skip
+    key = next((key for key in old if any(key in own for own in curves.values())), "source_accuracy")
+    names = {"validation_accuracy": "target accuracy", key: old[key]}
     if ratio and any(any(y > 0 for _, y in c.get("nuclear_ratio", ())) for c in curves.values()):
         names["nuclear_ratio"] = "largest nuclear-norm ratio"
     figure, axes = _axes(len(names))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import resource
+import statistics
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,12 @@ from vislora.errors import InputError
 from vislora.handle import Handle
 from vislora.training.run import RunFolder
 from vislora.vision import card, forgetting, metrics, plots
-from vislora.vision.evaluate import Outputs
+from vislora.vision.data import ImageSet
+from vislora.vision.evaluate import Evaluator, Source, SourceTask
 from vislora.vision.metrics import Scores
 from vislora.vision.options import ClassificationOptions
 
 HEAD = "head.safetensors"
-
-
-@dataclass(frozen=True)
-class Source:
-    """The source task at one time: outputs, scores by the kept head (None without one), by neighbours for each k."""
-
-    outputs: Outputs
-    head: Scores | None
-    knn: dict[int, Scores]
 
 
 def save_head(head: nn.Linear, classes: tuple[str, ...], folder: Path) -> Path:
@@ -67,8 +59,17 @@ def source_figures(before: Source | None, after: Source | None, target: float) -
     for k, scores in after.knn.items():
         found[f"source_knn{k}_accuracy_before"] = before.knn[k].top1
         found[f"source_knn{k}_accuracy"] = scores.top1
+        found[f"geometric_mean_knn{k}"] = forgetting.geometric_mean(scores.top1, target)
+        found[f"arithmetic_mean_knn{k}"] = (scores.top1 + target) / 2
     found["source_feature_cka"] = forgetting.linear_cka(before.outputs.features, after.outputs.features)
     return found
+
+
+def end_figures(name: str, evaluate: Evaluator, test: ImageSet, source: SourceTask | None) -> dict[str, float]:
+    """How the model as it stands now does on both tasks, for the one of last and best that is not reported."""
+    out, old = evaluate(test), source and source.head()
+    found = {f"{name}_target_accuracy": metrics.scores(out.target, out.labels).top1}
+    return found | ({f"{name}_source_accuracy": old.top1} if old is not None else {})
 
 
 def target_figures(scores: Scores) -> dict[str, float]:
@@ -85,14 +86,23 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 def write_tables(folder: Path, classes: tuple[str, ...], target: Scores, source_classes: tuple[str, ...],
                  before: Source | None, after: Source | None) -> None:  # fmt: skip
-    """per_class.csv, confusion.csv and .png of the target; source_per_class.csv with what each class lost."""
+    """per_class.csv, confusion.csv and .png of the target; source_per_class.csv with what each class lost, by the kept
+    head and by 20 neighbours (10 in a smaller bank), as far as there are scores by them."""
     metrics.write_per_class(folder / "per_class.csv", classes, {"accuracy": target.per_class}, target.confusion.sum(-1))
     metrics.write_confusion(folder / "confusion.csv", classes, target.confusion)
     plots.confusion(folder / "confusion.png", classes, target.confusion)
-    if after is not None and after.head is not None:
-        old, new = before.head.per_class, after.head.per_class
-        columns = {"before": old, "after": new, "forgetting": old - new}
-        counts = after.head.confusion.sum(-1)
+    if before is None or after is None:
+        return
+    pairs = {"": (before.head, after.head)} if after.head is not None else {}
+    if after.knn:
+        k = max(k for k in after.knn if k <= 20)
+        pairs[f"knn{k}_"] = (before.knn[k], after.knn[k])
+    columns = {}
+    for by, (old, new) in pairs.items():
+        columns |= {f"{by}before": old.per_class, f"{by}after": new.per_class}
+        columns[f"{by}forgetting"] = old.per_class - new.per_class
+        counts = new.confusion.sum(-1)
+    if columns:
         metrics.write_per_class(folder / "source_per_class.csv", source_classes, columns, counts)
 
 
@@ -104,6 +114,16 @@ def curve(file: Path) -> dict[str, list[tuple[float, float]]]:
         for name, value in entry.items():
             if name != "step" and isinstance(value, int | float):
                 found.setdefault(name, []).append((entry["step"], value))
+    return found
+
+
+def mean_curve(files: Sequence[Path]) -> dict[str, list[tuple[float, float]]]:
+    """`curve` of several runs: of each name the mean at the steps that all of them have."""
+    found, several = {}, [curve(file) for file in files]
+    for name in several[0]:
+        values = [dict(own.get(name, ())) for own in several]
+        steps = [step for step in values[0] if all(step in own for own in values)]
+        found[name] = [(step, statistics.fmean(own[step] for own in values)) for step in steps]
     return found
 
 
@@ -132,6 +152,11 @@ def conclude(folder: RunFolder, options: ClassificationOptions, adapter: Handle,
     if "source_accuracy" in figures:
         print(f"source     {figures['source_accuracy']:.1%}, before {figures['source_accuracy_before']:.1%}: "
               f"geometric mean with the target {figures['geometric_mean']:.1%}")  # fmt: skip
+    elif "source_knn20_accuracy" in figures:
+        print(f"source     {figures['source_knn20_accuracy']:.1%} by 20 neighbours, before "
+              f"{figures['source_knn20_accuracy_before']:.1%}")  # fmt: skip
+    elif "source_feature_cka" in figures:
+        print(f"source     features before and after have a linear CKA of {figures['source_feature_cka']:.3f}")
     if certificate["largest_share"] is not None:
         print(f"bound      at most {certificate['largest_share']:.1%} of any layer's bound is in use")
     print(f"look at    {folder.path}/curve.png, {folder.path}/README.md")

@@ -47,7 +47,7 @@ class Tuned:
             self.optimizers["adapter"] = optim.from_options(o, adapter)
         self.optimizers["head"] = AdamW(head.parameters(), lr=o.head_lr or o.learning_rate, weight_decay=decay,
                                         betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_epsilon, fused=True)  # fmt: skip
-        shape = by_name(o.lr_scheduler, total, o.warmup_ratio)
+        shape = by_name(o.lr_scheduler, total, o.warmup(total))
         self.schedulers = {name: LambdaLR(optimizer, shape) for name, optimizer in self.optimizers.items()}
         if "adapter" in self.optimizers:
             adapter.bind(self.optimizers["adapter"], total, first_rate(self.schedulers["adapter"], total))
@@ -96,6 +96,15 @@ class Tuned:
         """Keep what is in the model now if it is the best on validation so far; the earlier of equals stays."""
         if accuracy > self.best.accuracy:
             self.best = Best(accuracy, step, {n: t.detach().cpu().clone() for n, t in self.tensors().items()})
+
+    def ends(self) -> list[tuple[str, dict[str, Tensor]]]:
+        """("last" or "best", its tensors), of which the one that --final_model names comes at the end; without
+        validation there is no best. The average takes the place of what trained first, where there is one."""
+        if self.ema is not None:
+            self.ema.copy_(self.ema.average)
+        found = [("last", {name: t.detach().clone() for name, t in self.tensors().items()})]
+        found += [("best", self.best.tensors)] if self.best.tensors else []
+        return sorted(found, key=lambda end: end[0] == self.options.final_model)
 
     # ---- checkpoints
 

@@ -38,15 +38,16 @@ def _files(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def load(name: str, split: str, config: str | None, image: str | None, label: str | None) -> ImageSet:
-    """A split of the folder or hub id `name`. image, label: the columns; None for the usual names of each."""
+def load(name: str, split: str, config: str | None, *columns: str | None) -> ImageSet:
+    """A split of the folder or hub id `name`. columns: of images and labels, None for the usual names of each; with
+    the first alone no labels are read, and all are 0."""
     folder = Path(name)
     if folder.is_dir() and not _saved(folder) and (files := _files(folder)) and config is None:
-        return _parquet(folder, files[pick_split(split, list(files), name)], image, label)
-    return _datasets(name, split, config, image, label)
+        return _parquet(folder, files[pick_split(split, list(files), name)], *columns)
+    return _datasets(name, split, config, *columns)
 
 
-def _parquet(folder: Path, files: Sequence[Path], image: str | None, label: str | None) -> ImageSet:
+def _parquet(folder: Path, files: Sequence[Path], image: str | None, *labels: str | None) -> ImageSet:
     """Images are {bytes, path} or bytes; class names come from the `huggingface` metadata where it is there."""
     import pyarrow
     from pyarrow import parquet
@@ -58,7 +59,7 @@ def _parquet(folder: Path, files: Sequence[Path], image: str | None, label: str 
         reason = " ".join(str(error).split())[:300]
         raise InputError(str(files[0]), f"cannot be read ({reason})", "copy it again") from None
     image = _column(str(folder), table.column_names, image, _IMAGES, "image")
-    label = _column(str(folder), table.column_names, label, _LABELS, "label")
+    label = _column(str(folder), table.column_names, labels[0], _LABELS, "label") if labels else None
     names = about.get("info", {}).get("features", {}).get(label, {}).get("names")
     pictures = table.column(image)
 
@@ -69,10 +70,11 @@ def _parquet(folder: Path, files: Sequence[Path], image: str | None, label: str 
             raise InputError(str(folder), f"row {i} holds no image's bytes", "save it with the images in it")
         return _rgb(Image.open(io.BytesIO(data)))
 
-    return _labelled(str(folder), table.column(label).to_pylist(), names, read)
+    values = table.column(label).to_pylist() if labels else [0] * len(table)
+    return _labelled(str(folder), values, names, read)
 
 
-def _datasets(name: str, split: str, config: str | None, image: str | None, label: str | None) -> ImageSet:
+def _datasets(name: str, split: str, config: str | None, image: str | None, *labels: str | None) -> ImageSet:
     try:
         import datasets
     except ImportError:
@@ -88,12 +90,15 @@ def _datasets(name: str, split: str, config: str | None, image: str | None, labe
     finally:
         if not bars:
             datasets.enable_progress_bars()
-    table = found[pick_split(split, list(found), name)] if isinstance(found, dict) else found
+    if not isinstance(found, dict):  # one split, which may know its name; datasets calls such a one train
+        found = {str(found.split or "train"): found}
+    table = found[pick_split(split, list(found), name)]
     image = _column(name, table.column_names, image, _IMAGES, "image")
-    label = _column(name, table.column_names, label, _LABELS, "label")
+    label = _column(name, table.column_names, labels[0], _LABELS, "label") if labels else None
     pictures = table.select_columns([image])
-    names = getattr(table.features[label], "names", None)
-    return _labelled(name, list(table[label]), names, lambda i: _rgb(pictures[i][image]))
+    names = getattr(table.features[label], "names", None) if labels else None
+    values = list(table[label]) if labels else [0] * len(table)
+    return _labelled(name, values, names, lambda i: _rgb(pictures[i][image]))
 
 
 def _labelled(name: str, values: list, names: Sequence[str] | None, read) -> ImageSet:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vislora.errors import InputError
-from vislora.vision import data
+from vislora.vision import data, forgetting
 from vislora.vision.data import ImageSet
 from vislora.vision.options import ClassificationOptions
 
@@ -14,8 +16,9 @@ from vislora.vision.options import ClassificationOptions
 class Sets:
     """train and validation are parts of the training split, validation None where none is; test is scored last.
 
-    source: the old task's test images, few a fixed part of them for scores on the way, bank its training images for
-    neighbours; each None where it is not asked for.
+    source: the old task's test images, without classes where it has no labels; few a fixed part of them for scores on
+    the way, bank its training images for neighbours, few_bank a fixed part of those; each None where it is not asked
+    for.
     """
 
     train: ImageSet
@@ -24,14 +27,26 @@ class Sets:
     source: ImageSet | None
     few: ImageSet | None
     bank: ImageSet | None
+    few_bank: ImageSet | None
 
     def fingerprints(self) -> dict[str, str]:
-        """What a resumed run must find again."""
-        return {name: s.fingerprint() for name, s in vars(self).items() if s is not None}
+        """What a resumed run must find again: classes, labels and their order, not what is in the images. Banks have no
+        part in it, since no step is a function of them and --knn may be added later."""
+        return {name: s.fingerprint() for name, s in vars(self).items() if s is not None and "bank" not in name}
+
+    def require_same(self, saved: Mapping[str, str]) -> None:
+        """Raise InputError unless these are the sets whose fingerprints were `saved`."""
+        for name, own in self.fingerprints().items():
+            if own != saved.get(name):
+                wrong = f"has other classes or labels, or another order, in {name} than the run began with"
+                raise InputError(f"dataset {vars(self)[name].name}", wrong, "restore them, or start a new run")
 
 
-def load(o: ClassificationOptions) -> Sets:
-    """The options' sets. Raises InputError for what is missing, and for splits whose classes differ."""
+def load(o: ClassificationOptions, offer_bank: bool = False) -> Sets:
+    """The options' sets; offer_bank: neighbours too wherever the source has any, whether --knn is given or not.
+
+    Raises InputError for what is missing, and for splits whose classes differ.
+    """
     words = {"root": o.data_dir, "image_column": o.image_column_name, "label_column": o.label_column_name}
     train = data.load(o.dataset_name, o.train_split, config=o.dataset_config_name, **words)
     test = data.load(o.dataset_name, o.test_split, config=o.dataset_config_name, **words)
@@ -42,22 +57,40 @@ def load(o: ClassificationOptions) -> Sets:
     train = train.sample(o.max_train_samples, o.seed, "train subset")
     validation = held if len(held) else None
     test = test.sample(o.max_eval_samples, o.seed, "test subset")
-    return Sets(train, validation, test, *_source(o))
+    return Sets(train, validation, test, *_source(o, offer_bank))
 
 
-def _source(o: ClassificationOptions, bank: bool | None = None) -> tuple[ImageSet | None, ...]:
-    """(test, few, bank)."""
+def _source(o: ClassificationOptions, offer_bank: bool) -> tuple[ImageSet | None, ...]:
+    """(test, few, bank, few_bank)."""
     if o.source_dataset_name is None:
-        return None, None, None
-    words = {"config": o.source_config_name, "root": o.data_dir}
+        return None, None, None, None
+    labelled = not o.source_unlabelled
+    words = {"config": o.source_config_name, "root": o.data_dir, "image_column": o.source_image_column_name}
+    words |= {"label_column": o.source_label_column_name, "labelled": labelled}
     test = data.load(o.source_dataset_name, o.source_test_split, **words)
-    known = None
-    if o.knn if bank is None else bank:
-        known = data.load(o.source_dataset_name, o.source_train_split, **words)
-        known = known.sample(o.max_source_bank, o.seed, "source bank")
-    return test, test.sample(o.max_source_samples, o.seed, "source subset"), known
+    few = test.sample(o.max_source_samples, o.seed, "source subset")
+    if not (o.knn or (offer_bank and labelled)):
+        return test, few, None, None
+    try:
+        bank = _bank(o, test, words)
+    except InputError as error:
+        if o.knn:
+            raise
+        print(f"vislora: no scores by neighbours: {error.subject} {error.wrong}", file=sys.stderr)
+        return test, few, None, None
+    least = None if o.max_source_samples is None else max(o.max_source_samples, min(forgetting.KNN_K))
+    return test, few, bank, bank.sample(least, o.seed, "source bank subset")
 
 
-def with_bank(o: ClassificationOptions, sets: Sets) -> Sets:
-    """The same with a bank for neighbours, where there is source data."""
-    return Sets(sets.train, sets.validation, sets.test, *_source(o, bank=True))
+def _bank(o: ClassificationOptions, test: ImageSet, words: dict) -> ImageSet:
+    """The source's training images, as many as are asked for."""
+    name, least = o.source_dataset_name, min(forgetting.KNN_K)
+    bank = data.load(name, o.source_train_split, **words)
+    if bank.classes != test.classes:
+        wrong = f"has {len(bank.classes)} classes in {o.source_train_split}, others in {o.source_test_split}"
+        raise InputError(f"dataset {name}", f"{wrong} ({len(test.classes)})", "name two splits of one task")
+    bank = bank.sample(o.max_source_bank, o.seed, "source bank")
+    if len(bank) < least:
+        wrong = f"gives {len(bank)} images to look for neighbours among, fewer than {least}"
+        raise InputError(f"dataset {name}", wrong, "give more images, or leave --knn out")
+    return bank

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,9 @@ _LAYOUTS = {
 def load(name: str, split: str, root: str, partition: str | None) -> ImageSet:
     """A split of the set called `name` under `root`. InputError, with the layout to fill, where it cannot be had."""
     key = _key(name)
+    if key == "cub200" and partition is not None:
+        wrong = f"{partition!r} beside {name}, which has no partitions"
+        raise InputError("--dataset_config_name", wrong, "leave it out")
     if key in _LISTED:
         return _LISTED[key](Path(root), split, partition or "01")
     from torchvision import datasets
@@ -78,12 +81,21 @@ def load(name: str, split: str, root: str, partition: str | None) -> ImageSet:
         reason = " ".join(str(error).split())[:200]
         remedy = f"fill {root}/{_LAYOUTS[key]}" if key in _LAYOUTS else f"put it under --data_dir {root} yourself"
         raise InputError(f"dataset {name}", f"is not there and cannot be downloaded ({reason})", remedy) from None
-    where = next((a for a in ("targets", "labels", "_labels") if hasattr(found, a)), None)
-    labels = getattr(found, where) if where else [c for _, c in found._samples]
-    labels = tuple(int(label) for label in labels)
+    labels = tuple(int(label) for label in _labels(found))
     said = getattr(found, "classes", None) or [str(c) for c in range(max(labels) + 1)]
     classes = tuple(c[0] if isinstance(c, tuple) else str(c) for c in said)
     return ImageSet(name, classes, labels, lambda i: found[i][0].convert("RGB"))
+
+
+def _labels(found) -> Sequence[int]:
+    """The labels of a set of torchvision's, without reading its images."""
+    where = next((a for a in ("targets", "labels", "_labels") if hasattr(found, a)), None)
+    if where:
+        return getattr(found, where)
+    if hasattr(found, "_samples"):
+        return [c for _, c in found._samples]
+    with found.h5py.File(found._base_folder / found._FILES[found._split]["targets"][0]) as file:  # PCAM
+        return file["y"][:].ravel()
 
 
 def _open(make: Callable, root: str, words: Words, download: bool):

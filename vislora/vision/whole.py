@@ -59,7 +59,7 @@ def write(run: Path, folder: Path) -> Path:
     options, _ = read_run(run)
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"--output {folder}", "is not empty", "name a new folder")
-    tower = models.load(options.model_name_or_path, options.library, options.pretrained)
+    tower = models.load(options.model_name_or_path, options.library, options.pretrained, options.seed)
     if tower.library == "open_clip":
         wrong = "is a tower of open_clip, which has no classifier"
         raise InputError(f"--run {run}", wrong, "load its adapter/ and head.safetensors, as its README.md says")
