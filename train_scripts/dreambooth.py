@@ -18,11 +18,9 @@ import logging
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
@@ -39,7 +37,7 @@ from vislora.diffusion.results import conclude, draw_base
 from vislora.diffusion.verify import exported_error
 from vislora.errors import InputError, run_script
 from vislora.export import kohya_copy
-from vislora.training import checkpoint, telemetry
+from vislora.training import checkpoint, processes, telemetry
 from vislora.training.begin import begin
 from vislora.training.cores import require_device, use_cores
 from vislora.training.dry_run import describe
@@ -53,10 +51,13 @@ from vislora.training.schedule import first_rate
 
 def main(argv: list[str]) -> None:
     options, method = parse(argv)
-    require_device(whole_model=True)
+    require_device()
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("--mixed_precision", "fp16 is not supported on a CPU", "take bf16 or no")
+    if processes.is_sharding(accelerator):
+        wrong = "is not served: each process of this script holds the whole model"
+        raise InputError("FSDP", wrong, "take DDP, as in configs/accelerate/ddp.yaml")
     torch.backends.cuda.matmul.allow_tf32 = options.allow_tf32
     use_cores(accelerator.num_processes, options.cpu_threads)
 
@@ -84,9 +85,7 @@ def main(argv: list[str]) -> None:
         data = f"{len(photos)} photos, first caption: {photos.captions[0]!r}"
         print(describe(adapter, data, str(estimate(options, adapter, diffusion, photos, accelerator))))
         return
-    folder = RunFolder.create(*where) if accelerator.is_main_process else None
-    (path,) = broadcast_object_list([str(folder.path) if folder else None])
-    with folder or RunFolder(Path(path)) as folder:
+    with processes.run_folder(accelerator, *where) as folder:
         if next(adapter.parameters(), None) is None:
             return draw_base(options, adapter, diffusion, [p.path for p in photos.photos], prompts, folder)
         Run(options, adapter, accelerator, diffusion, photos, prompts, folder, keeper).go()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import time
 
@@ -16,6 +17,7 @@ from vislora.training import checkpoint
 
 case = pytest.mark.case
 RESUME = ("--resume_from_checkpoint", "latest")
+SHARDS = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what accelerate launch sets for FSDP2
 BATCH = {"causal_lm": "--per_device_train_batch_size", "sequence_classification": "--per_device_train_batch_size"}
 
 
@@ -30,21 +32,22 @@ def place(tmp_path_factory):
     return stage(tmp_path_factory.mktemp("stage"))
 
 
-def start_two(server, place, name, *flags, faults=((), ())) -> list[int]:
-    """Two processes of one run, by gloo; the faults of each."""
+def start_two(server, place, name, *flags, faults=((), ()), env=None) -> list[int]:
+    """Two processes of one run, by gloo; the faults of each. env: of both."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     loopback = next((word for word in os.listdir("/sys/class/net") if word.startswith("lo")), "lo")
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": loopback}
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": loopback,
+           **(env or {})}  # fmt: skip
     argv = [*words(name, *flags), "--cpu_threads", "1"]
     ranks = [{**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
     return [server.start(name, argv, place, faults=own, env=rank) for own, rank in zip(faults, ranks, strict=True)]
 
 
-def two(server, place, name, *flags) -> None:
+def two(server, place, name, *flags, env=None) -> None:
     """The same, and both end well."""
-    pids = start_two(server, place, name, *flags)
+    pids = start_two(server, place, name, *flags, env=env)
     assert [server.wait(pid) for pid in pids] == [0, 0], "\n".join(server.log(pid)[-2000:] for pid in pids)
 
 
@@ -155,11 +158,38 @@ def test_two_processes_make_the_steps_of_one_with_twice_the_batch(server, place,
             two(server, place, name, *flags)
         else:
             assert server.run(name, words(name, *flags), place)[0] == 0
-    one, both = (state(place / f"{name}-{out}", 3) for out in ("one", "two"))
+    same(*(state(place / f"{name}-{out}", 3) for out in ("one", "two")))
+
+
+def same(one: dict, both: dict) -> None:
+    """Two checkpoints are of the same state, to rounding; moments, whose rounding is larger, aside."""
     assert one.keys() == both.keys()
     for key, tensor in one.items():
         if "optimizer" not in key:
             assert (tensor - both[key]).abs().max() < 1e-4 * max(1.0, float(tensor.abs().max())), key
+
+
+def in_shards(server, place, name, *flags) -> None:
+    """Three steps of two processes, each with a half of the model, against one process with twice the batch; and the
+    third step again, from the second checkpoint."""
+    out = f"{name}-shards"
+    for which in ("one", "two"):
+        shutil.rmtree(place / f"{out}-{which}", ignore_errors=True)
+    flags = ("--max_train_steps", "3", "--checkpointing_steps", "1", *flags, "--train_batch_size")
+    assert server.run(name, words(name, *flags, "2", "--output_dir", f"{out}-one"), place)[0] == 0
+    flags = (*flags, "1", "--output_dir", f"{out}-two")
+    two(server, place, name, *flags, env=SHARDS)
+    one, both = (state(place / f"{out}-{which}", 3) for which in ("one", "two"))
+    same(one, both)
+    files = [{str(f.relative_to(place / f"{out}-{which}")) for f in (place / f"{out}-{which}").rglob("*")}
+             for which in ("one", "two")]  # fmt: skip
+    assert files[0] == files[1]
+    two(server, place, name, *flags, "--resume_from_checkpoint", "checkpoint-2", env=SHARDS)
+    require_equal(both, state(place / f"{out}-two", 3))
+
+
+def test_two_processes_with_half_of_an_image_model_each_make_the_steps_of_one(server, place):
+    in_shards(server, place, "classification", "--eval_steps", "2", "--ema_decay", "0.9", "--adapter", "sorsa")
 
 
 def test_what_the_campaign_runs_are_the_scripts():

@@ -10,21 +10,25 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import signal
+import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list, convert_outputs_to_fp32
 from torch import nn
 
 from vislora import Method, distributed
 from vislora.errors import InputError
-from vislora.training.run import RunFolder
+from vislora.training.run import InterruptFlag, RunFolder
 
+_NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)  # which FSDP's hooks would wait for in vain
 _SERVED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
 
@@ -34,8 +38,9 @@ def is_sharding(accelerator: Accelerator) -> bool:
     return accelerator.num_processes > 1 and (asked or accelerator.distributed_type is DistributedType.FSDP)
 
 
-def require_served(accelerator: Accelerator, method: Any, quantized: bool) -> None:
-    """Raise InputError, before anything is loaded, for a configuration of accelerate's that cannot train `method`."""
+def require_served(accelerator: Accelerator, method: Any, quantized: bool, compiled: bool = False) -> None:
+    """Raise InputError, before anything is loaded, for a configuration of accelerate's that cannot train `method`, on a
+    `quantized` base or, `compiled`, in graphs."""
     kind = accelerator.distributed_type
     if kind not in _SERVED:
         wrong = f"{kind.value} is not served: its engine steps, clips and saves by itself, out of adapters' sight"
@@ -52,6 +57,8 @@ def require_served(accelerator: Accelerator, method: Any, quantized: bool) -> No
         wrong, remedy = "shards that wait on the CPU are not served", "set fsdp_offload_params: false"
     elif quantized:
         wrong, remedy = "quantized weights cannot be cut into shards", "take DDP: in 4 bits most models fit"
+    elif compiled:
+        wrong, remedy = "--compile is not served: graphs would break at every gathering of shards", "leave it out"
     elif accelerator.mixed_precision == "fp16":
         wrong, remedy = "fp16 is not served under FSDP", "take bf16 or no"
     elif not isinstance(method, Method):
@@ -65,22 +72,24 @@ def require_served(accelerator: Accelerator, method: Any, quantized: bool) -> No
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, own: Iterable[nn.Parameter]
 ) -> tuple[nn.Module, Any]:
-    """accelerate's `prepare`; where FSDP is asked for, the model in shards, but for what trains: `own` stays whole.
-
-    The blocks are those that transformers keeps together, each a unit, and the rest is one more.
-    """
+    """accelerate's `prepare`; where FSDP is asked for, the model in shards, but for what trains: `own` stays whole."""
     if not is_sharding(accelerator):
         return accelerator.prepare(model, optimizer)
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    return network(accelerator, model, model, own), accelerator.prepare_optimizer(optimizer)
 
-    blocks = set(getattr(model, "_no_split_modules", None) or ())
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    words = {"mesh": mesh, "ignored_params": set(own)}
-    for module in list(model.modules()):
-        if type(module).__name__ in blocks:
-            fully_shard(module, **words)
-    fully_shard(model, **words)
+
+def network(
+    accelerator: Accelerator, model: nn.Module, part: nn.Module | None, own: Iterable[nn.Parameter] = ()
+) -> nn.Module:
+    """accelerate's `prepare` of a model; where FSDP is asked for, the model itself, its forward in the precision that
+    accelerate asks for, and `part` of it in shards, None for nothing: all but `own`, which trains and stays whole.
+    """
+    if not is_sharding(accelerator):
+        return accelerator.prepare(model)
+    if part is not None:
+        _shard(part, accelerator, set(own))
+    if accelerator.mixed_precision == "no":
+        return model
     plain = model.forward
 
     @functools.wraps(plain)
@@ -88,9 +97,37 @@ def prepare(
         with accelerator.autocast():
             return plain(*args, **kwargs)
 
-    model.forward = forward
+    model.forward = convert_outputs_to_fp32(forward)  # as accelerate's own does
     model.forward.__signature__ = inspect.signature(plain)  # generate() reads it
-    return model, accelerator.prepare_optimizer(optimizer)
+    return model
+
+
+def _shard(model: nn.Module, accelerator: Accelerator, own: set[nn.Parameter]) -> None:
+    """Cut the model into shards over the processes: each block is a unit, the rest one more."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    model.to(memory_format=torch.contiguous_format)  # FSDP knows no other
+    # What the model returns is read, here as everywhere; written to in place it would lose FSDP's hook on it.
+    said = rf"FSDP2-wrapped module \(FSDP{type(model).__name__}\) returned a view"
+    warnings.filterwarnings("ignore", said)
+    for module in [*blocks(model), model]:
+        fully_shard(module, mesh=mesh, ignored_params=own)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """What is gathered at a time, inner before outer: the blocks that transformers and diffusers keep together, by
+    name; of models that name none the members of lists and sequences of several composite modules of one class.
+    """
+    modules = [module for module in model.modules() if module is not model]
+    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    found = {module for module in modules if type(module).__name__ in names}
+    if not found:
+        rows = [list(row.children()) for row in model.modules() if isinstance(row, nn.ModuleList | nn.Sequential)]
+        alike = [row for row in rows if len(row) > 1 and len({type(one) for one in row}) == 1]
+        found = {one for row in alike for one in row if next(one.children(), None) is not None}
+    return [module for module in reversed(modules) if module in found and not isinstance(module, _NEVER_CALLED)]
 
 
 @torch.no_grad()
@@ -103,11 +140,34 @@ def average_gradients(parameters: Iterable[nn.Parameter], device: torch.device) 
         p.grad = mean.view_as(p).to(p.dtype, copy=True)
 
 
+def run_folder(accelerator: Accelerator, output_dir: str | None, resume: str | None) -> RunFolder:
+    """The run's folder, as `RunFolder.create` makes and locks it on the main process; others get to know its path."""
+    folder = RunFolder.create(output_dir, resume) if accelerator.is_main_process else None
+    (path,) = broadcast_object_list([str(folder.path) if folder else None])
+    return folder or RunFolder(Path(path))
+
+
 @contextmanager
 def written(folder: RunFolder, main: bool) -> Iterator[RunFolder]:
-    """The run's folder on the main process; on others one that is thrown away, for work that all must do together."""
+    """The run's folder on the main process; on others one that is thrown away, for work that all must do together and
+    one speaks of."""
     if main:
         yield folder
         return
-    with tempfile.TemporaryDirectory() as place:
-        yield RunFolder(Path(place))
+    with tempfile.TemporaryDirectory() as place, open(os.devnull, "w") as nowhere:
+        with redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield RunFolder(Path(place))
+
+
+def stopping(accelerator: Accelerator, stop: InterruptFlag) -> bool:
+    """Whether a signal came; in shards to any process, for all go on together or not at all."""
+    asked = torch.tensor(float(bool(stop)))
+    return bool(distributed.mean(asked, accelerator.device) > 0 if is_sharding(accelerator) else asked)
+
+
+def leave(accelerator: Accelerator, stop: InterruptFlag, folder: RunFolder) -> None:
+    """End the process, where a signal has stopped the run, and say how to go on with it."""
+    if stopping(accelerator, stop):
+        again = f"--output_dir {folder.path} --resume_from_checkpoint latest"
+        print(f"vislora: stopped by a signal; to go on, add {again}", file=sys.stderr)
+        raise SystemExit(stop.status or 128 + signal.SIGTERM)
