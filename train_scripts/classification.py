@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 import vislora
-from vislora import adapters, config, optim, probe, world
+from vislora import adapters, config, distributed, optim, probe, world
 from vislora.baselines import BASELINES
 from vislora.errors import InputError, run_script
 from vislora.training import checkpoint, processes, telemetry
@@ -167,7 +167,7 @@ class Run:
             done = step + 1
             bar.update()
             if done % o.logging_steps == 0 or done == self.total:
-                values = meter.read() | rates
+                values = meter.read(lambda value: distributed.mean(value, self.accelerator.device)) | rates
                 spent, images = values.pop("seconds_per_step") * (done - logged), (done - logged) * self.step_images
                 self.seconds, self.images, logged = self.seconds + spent, self.images + images, done
                 values["images_per_second"] = images / spent

@@ -83,9 +83,14 @@ def network(
 ) -> nn.Module:
     """accelerate's `prepare` of a model; where FSDP is asked for, the model itself, its forward in the precision that
     accelerate asks for, and `part` of it in shards, None for nothing: all but `own`, which trains and stays whole.
+
+    Weights are the first process's on all, as DDP has them.
     """
     if not is_sharding(accelerator):
         return accelerator.prepare(model)
+    model.to(memory_format=torch.contiguous_format)  # FSDP knows no other
+    for parameter in model.parameters():
+        distributed.from_first(parameter)
     if part is not None:
         _shard(part, accelerator, set(own))
     if accelerator.mixed_precision == "no":
@@ -108,7 +113,6 @@ def _shard(model: nn.Module, accelerator: Accelerator, own: set[nn.Parameter]) -
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    model.to(memory_format=torch.contiguous_format)  # FSDP knows no other
     # What the model returns is read, here as everywhere; written to in place it would lose FSDP's hook on it.
     said = rf"FSDP2-wrapped module \(FSDP{type(model).__name__}\) returned a view"
     warnings.filterwarnings("ignore", said)
