@@ -145,7 +145,8 @@ class Run:
             num_cycles=options.lr_num_cycles, power=options.lr_power,
         )  # fmt: skip
         set_computation(options, diffusion)
-        self.network, self.optimizer = processes.prepare(accelerator, diffusion.denoiser, optimizer, adapter.parameters())
+        own, network = adapter.parameters(), diffusion.denoiser
+        self.network, self.optimizer = processes.prepare(accelerator, network, optimizer, own)
         prepared = {name: processes.network(accelerator, diffusion.parts[name], None) for name in encoders}
         self.trained = [self.network, *prepared.values()]
         self.denoising = Denoising(options, diffusion, adapter, photos, classes, embeddings, self.network, prepared)
@@ -278,11 +279,10 @@ class Run:
         return saved.step
 
     def finish(self, log: telemetry.Log, folder: RunFolder) -> None:
-        """Into `folder` the adapter in our format and in stock tools', with the proof that diffusers reads it; images."""
-        o, kept = self.options, None
+        """Into `folder`: the adapter in our format and stock tools', proof that diffusers reads it, images, a card."""
+        o, kept, seen = self.options, None, (self.folder, self.validation, self.sampler, self.photos)
         if self.keeper:
-            seen = self.folder, self.validation, self.sampler, self.photos, self.drift
-            kept = self.keeper.choose(self.adapter, *seen, self.total)
+            kept = self.keeper.choose(self.adapter, *seen, self.drift, self.total)
         self.adapter.save(folder.adapter)
         file = self.adapter.export(folder.path, "diffusers", o.export_rank)
         kind = getattr(self.models.scheduler.config, "prediction_type", None)

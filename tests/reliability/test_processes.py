@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 from reliability.campaign import SCRIPTS as CAMPAIGNS
 from reliability.campaign import Campaign
 from reliability.forks import Server
 from reliability.plays import SCRIPTS, require_equal, stage, state, words
 from script_runs import lines
+from tiny_vit import hf_vit, image_folder, save_clip, save_conv, timm_vit
 
+from vislora import world
 from vislora.training import checkpoint
 
 case = pytest.mark.case
@@ -186,6 +191,9 @@ def in_shards(server, place, name, *flags) -> None:
     files = [{str(f.relative_to(place / f"{out}-{which}")) for f in (place / f"{out}-{which}").rglob("*")}
              for which in ("one", "two")]  # fmt: skip
     assert files[0] == files[1]
+    for picture in (name for name in files[0] if name.startswith("samples/step-0") and name.endswith(".png")):
+        a, b = (np.asarray(Image.open(place / f"{out}-{which}" / picture), float) for which in ("one", "two"))
+        assert abs(a - b).mean() < 1, picture
     for a, b in zip(*(lines(str(place / f"{out}-{which}")) for which in ("one", "two")), strict=True):
         a, b = ({key: value for key, value in line.items() if key not in UNEQUAL} for line in (a, b))
         assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
@@ -196,6 +204,48 @@ def in_shards(server, place, name, *flags) -> None:
 def test_two_processes_with_half_of_an_image_model_each_make_the_steps_of_one(server, place):
     flags = ("--eval_steps", "2", "--ema_decay", "0.9", "--adapter", "sorsa", "--probe_steps", "1")
     in_shards(server, place, "classification", *flags)
+
+
+DRAWN = ("--validation_prompt", "a b", "--num_validation_images", "1", "--validation_inference_steps", "1")
+CHOSEN = ("--pretrained_model_name_or_path", str(world.TINY_SD), "--keep", "best", "--drift_steps", "2", "--adapter",
+          "lora", "--instance_prompt", "a x dog", "--class_prompt", "a dog", "--num_validation_images", "1",
+          "--validation_inference_steps", "1", "--validation_prompt", "x dog, near", "x dog, far")  # fmt: skip
+
+
+def test_two_processes_with_half_of_a_denoiser_each_make_the_steps_of_one(server, place):
+    in_shards(server, place, "dreambooth", *DRAWN, "--validation_steps", "2", "--use_ema", "--adapter", "nb_lora",
+              "--gradient_accumulation_steps", "2")  # fmt: skip
+    report = json.loads((place / "dreambooth-shards-two" / "metrics.json").read_text())
+    assert report["diffusers_export_error"] < 1e-6  # read back over shards
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [
+    CHOSEN,
+    ("--adapter", "dora", "--train_text_encoder", "--export_rank", "2", "--with_prior_preservation", "--class_prompt",
+     "a", "--prior_source", "base_output", "--gradient_checkpointing"),
+    ("--adapter", "sorsa", "--drift_steps", "1", "--probe_steps", "1", "--mixed_precision", "no"),
+], ids=["keep", "dora", "sorsa"])  # fmt: skip
+def test_half_a_denoiser_in_all_that_reads_it(server, place, flags):
+    in_shards(server, place, "dreambooth", *flags)
+    report = json.loads((place / "dreambooth-shards-two" / "metrics.json").read_text())
+    assert (report["diffusers_export_error"] is None) == ("dora" in flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tower", ["vit", "transformers", "open_clip", "conv"])
+def test_half_of_each_kind_of_image_model(server, place, tower, tmp_path):
+    if tower == "transformers":
+        hf_vit(timm_vit()).save_pretrained(tmp_path / tower)
+    elif tower != "vit":
+        (save_conv if tower == "conv" else save_clip)(tmp_path / tower)
+    folder = place / tower if tower == "vit" else tmp_path / tower
+    more = () if tower in ("open_clip", "conv") else ("--gradient_checkpointing",)
+    source = () if tower == "transformers" else ("--source_dataset_name", "source", "--knn")
+    if source and not (place / "source").exists():
+        image_folder(place / "source", 4, train=12, test=3)
+    in_shards(server, place, "classification", "--model_name_or_path", str(folder), "--adapter", "dora", *more, *source,
+              "--channels_last")  # fmt: skip
 
 
 def test_what_the_campaign_runs_are_the_scripts():
