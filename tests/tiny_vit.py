@@ -38,6 +38,38 @@ def save_timm(folder: Path, classes: int = 4) -> Path:
     return folder
 
 
+def save_conv(folder: Path, classes: int = 4) -> Path:
+    """A ConvNeXt, as timm's local-dir: reads it."""
+    shape = {"depths": (2, 1, 1, 1), "dims": (8, 8, 16, 16), "kernel_sizes": 3, "patch_size": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("convnext_atto", num_classes=classes, **shape)
+    half = (0.5,) * 3
+    cfg = {"input_size": (3, SIDE, SIDE), "mean": half, "std": half, "crop_pct": 1.0, "num_classes": classes}
+    model.pretrained_cfg = {**model.pretrained_cfg, **cfg, "interpolation": "bicubic", "fixed_input_size": False}
+    folder.mkdir(parents=True)
+    save_config_for_hf(model, folder / "config.json", model_args=shape)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    return folder
+
+
+def save_clip(folder: Path) -> Path:
+    """A CLIP of random weights, in a folder that open_clip's local-dir: reads, with a BPE of its own."""
+    import open_clip
+
+    folder.mkdir(parents=True)
+    vision = {"image_size": SIDE, "layers": 2, "width": 24, "head_width": 8, "patch_size": 4}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    shape = {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}
+    about = {"model_cfg": shape, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    (folder / "open_clip_config.json").write_text(json.dumps(about))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    return folder
+
+
 def hf_vit(model: torch.nn.Module, layer_norm_eps: float = 1e-6) -> torch.nn.Module:
     """transformers' ViTForImageClassification with a timm ViT's weights."""
     from transformers import ViTConfig, ViTForImageClassification

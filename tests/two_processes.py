@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import distributed as group
@@ -19,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vislora import attach, distributed, linalg
 from vislora.io import read, write
 from vislora.prepare import weight_gradients
+from vislora.training import processes
 
 STEPS = 10  # ends with a renewal of bases
 OF_ATTACH = ("sorsa", "full")  # start at attach, where all devices must agree
@@ -161,6 +164,23 @@ def refusals() -> str:
     return "\n".join(told)
 
 
+def of_chance(rank: int) -> dict[str, torch.Tensor]:
+    """A model's weights, drawn otherwise by each process and laid out as on no disk, once it is in shards; and what it
+    computes from one input in the precision that was asked for."""
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    torch.manual_seed(rank)
+    tower, head = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), nn.Linear(16, 8)
+    model = nn.Sequential(tower, head).to(memory_format=torch.channels_last)
+    asked = SimpleNamespace(num_processes=2, device=torch.device("cpu"), mixed_precision="bf16",
+                            autocast=lambda: torch.autocast("cpu", torch.bfloat16))  # fmt: skip
+    assert processes.network(asked, model, tower, head.parameters()) is model
+    assert distributed.is_sharded(tower[0].weight) and not distributed.is_sharded(head.weight)
+    with torch.no_grad():
+        out, coarse = (forward(torch.ones(1, 3, 4, 4)) for forward in (model, lambda x: head(tower(x))))
+    assert out.dtype == torch.float32 and (out - coarse).abs().max() > 1e-4  # rounded to bf16 within
+    return {"out": out, **{name: distributed.whole(p.detach()) for name, p in model.named_parameters()}}
+
+
 def unreached(rank: int) -> str:
     """The error where one process's loss misses a layer, which all must raise or the others would wait for ever."""
     model = net()
@@ -207,6 +227,7 @@ def main(rank: int, folder: Path) -> None:
             other_device()
         write(trained(case, (rank,)), {}, folder / f"{case}-{rank}.safetensors")
     write(gradients((rank,)), {}, folder / f"gradients-{rank}.safetensors")
+    write(of_chance(rank), {}, folder / f"chance-{rank}.safetensors")
     (folder / f"refused-{rank}").write_text(refusals())
     (folder / f"unreached-{rank}").write_text(unreached(rank))
     group.destroy_process_group()

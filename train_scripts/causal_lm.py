@@ -29,13 +29,13 @@ import vislora
 from vislora import adapters, config, distributed, optim, probe, world
 from vislora.baselines import BASELINES
 from vislora.errors import InputError, run_script
-from vislora.language import models, processes, results
+from vislora.language import models, results
 from vislora.language.batches import Plan, collate
 from vislora.language.data import Data
 from vislora.language.evaluation import Evaluation
 from vislora.language.loss import share, token_losses
 from vislora.language.options import FREE_ON_RESUME, CausalLMOptions
-from vislora.training import checkpoint, telemetry
+from vislora.training import checkpoint, processes, telemetry
 from vislora.training.begin import begin
 from vislora.training.cores import require_device, use_compiler, use_cores
 from vislora.training.dry_run import describe
@@ -54,7 +54,8 @@ def main(argv: list[str]) -> None:
     precision = accelerator.mixed_precision
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("--mixed_precision", "fp16 is not supported on a CPU", "take bf16 or no")
-    processes.require_served(accelerator, method, options.load_in_4bit or options.load_in_8bit)
+    quantized = options.load_in_4bit or options.load_in_8bit
+    processes.require_served(accelerator, method, quantized, options.compile)
     torch.backends.cuda.matmul.allow_tf32 = options.tf32
     use_cores(accelerator.num_processes, options.cpu_threads)
 

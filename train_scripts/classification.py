@@ -16,20 +16,18 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 import vislora
-from vislora import adapters, config, optim, probe, world
+from vislora import adapters, config, distributed, optim, probe, world
 from vislora.baselines import BASELINES
 from vislora.errors import InputError, run_script
-from vislora.training import checkpoint, telemetry
+from vislora.training import checkpoint, processes, telemetry
 from vislora.training.begin import begin
 from vislora.training.cores import require_device, use_compiler, use_cores
 from vislora.training.dry_run import describe
@@ -45,11 +43,12 @@ from vislora.vision.state import Tuned
 
 def main(argv: list[str]) -> None:
     options, method = parse(argv)
-    require_device(whole_model=True)
+    require_device()
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
     if accelerator.mixed_precision not in ("no", "bf16"):
         wrong = f"{accelerator.mixed_precision} is not supported: two optimizers would share one loss scale"
         raise InputError("--mixed_precision", wrong, "take bf16 or no")
+    processes.require_served(accelerator, method, False, options.compile)
     torch.backends.cuda.matmul.allow_tf32 = options.allow_tf32
     use_cores(accelerator.num_processes, options.cpu_threads)
 
@@ -65,9 +64,7 @@ def main(argv: list[str]) -> None:
     if options.dry_run:
         print(describe(adapter, f"{len(sets.train)} training images of {len(sets.train.classes)} classes"))
         return
-    folder = RunFolder.create(*where) if accelerator.is_main_process else None
-    (path,) = broadcast_object_list([str(folder.path) if folder else None])
-    with folder or RunFolder(Path(path)) as folder:
+    with processes.run_folder(accelerator, *where) as folder:
         Run(options, adapter, accelerator, model, sets, folder).go()
 
 
@@ -104,6 +101,8 @@ class Run:
         o = self.options = options
         self.adapter, self.accelerator, self.model, self.sets, self.folder = adapter, accelerator, model, sets, folder
         self.main, preprocess = accelerator.is_main_process, model.tower.preprocess
+        self.sharded = processes.is_sharding(accelerator)
+        self.reads = self.main or self.sharded  # what reads the base's weights
         self.step_images = o.train_batch_size * o.gradient_accumulation_steps * accelerator.num_processes
         self.total = o.max_train_steps or math.ceil(o.num_train_epochs * len(sets.train) / self.step_images)
         self.tuned = Tuned(adapter, model.head, o, self.total)
@@ -111,7 +110,7 @@ class Run:
         self.mix = augment.mixer(o, len(sets.train.classes))
         if o.compile:
             use_compiler(model.tower)
-        self.network = accelerator.prepare(model)
+        self.network = processes.network(accelerator, model, model.tower, self.tuned.parameters())
         self.evaluate = Evaluator(accelerator, model, augment.evaluation(preprocess), o.eval_batch_size,
                                   o.dataloader_num_workers, o.channels_last)  # fmt: skip
         old = (sets.source, sets.few, sets.bank, sets.few_bank)
@@ -135,12 +134,10 @@ class Run:
                 self.adapter.prepare(lambda: self.backward(first))
                 self.tuned.zero_grad()
             self.train(start, log, stop)
-            if not stop:
-                self.finish(before)
-        if stop:
-            again = f"--output_dir {self.folder.path} --resume_from_checkpoint latest"
-            print(f"vislora: stopped by a signal; to go on, add {again}", file=sys.stderr)
-            raise SystemExit(stop.status)
+            if not processes.stopping(self.accelerator, stop):
+                with processes.written(self.folder, self.main) as folder:
+                    self.finish(before, folder)
+        processes.leave(self.accelerator, stop, self.folder)
 
     def positions(self, start: int):
         """The first position of every micro-batch of this process from optimizer step `start` on, without end."""
@@ -171,12 +168,12 @@ class Run:
             done = step + 1
             bar.update()
             if done % o.logging_steps == 0 or done == self.total:
-                values = meter.read() | rates
+                values = meter.read(lambda value: distributed.mean(value, self.accelerator.device)) | rates
                 spent, images = values.pop("seconds_per_step") * (done - logged), (done - logged) * self.step_images
                 self.seconds, self.images, logged = self.seconds + spent, self.images + images, done
                 values["images_per_second"] = images / spent
+                by_site, largest = telemetry.layers(self.adapter) if self.reads else ({}, {})
                 if self.main:
-                    by_site, largest = telemetry.layers(self.adapter)
                     log.write(done, values | largest, by_site)
                     bar.set_postfix(loss=f"{values['loss']:.3f}")
             with meter.paused():
@@ -184,9 +181,11 @@ class Run:
                     self.probe(done, log)
                 if done % self.every == 0 or done == self.total:
                     self.measure(done, log)
-                if self.main and (done % o.checkpointing_steps == 0 or stop):
-                    self.tuned.save(self.folder.checkpoints, done, self.about())
-            if stop:
+                stopping = processes.stopping(self.accelerator, stop)
+                if self.reads and (done % o.checkpointing_steps == 0 or stopping):
+                    with processes.written(self.folder, self.main) as folder:
+                        self.tuned.save(folder.checkpoints, done, self.about())
+            if stopping:
                 break
         bar.close()
         self.model.eval()
@@ -200,7 +199,7 @@ class Run:
             images, targets = self.mix(images, labels, position)
             if o.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
-            with nullcontext() if micro == micros - 1 else self.accelerator.no_sync(self.network):
+            with nullcontext() if self.sharded or micro == micros - 1 else self.accelerator.no_sync(self.network):
                 loss = augment.cross_entropy(self.network(images), targets, o.label_smoothing) / micros
                 self.accelerator.backward(loss)
             total = total + loss.detach()
@@ -208,6 +207,8 @@ class Run:
             penalty = self.adapter.penalty()
             self.accelerator.backward(penalty)
             total = total + penalty.detach()
+        if self.sharded:
+            processes.average_gradients(self.tuned.parameters(), self.accelerator.device)
         return total
 
     def probe(self, step: int, log: telemetry.Log) -> None:
@@ -251,20 +252,20 @@ class Run:
             print(f"resumed {saved.path} at step {saved.step}")
         return saved.step
 
-    def finish(self, before: results.Source | None) -> None:
-        """The last model and the best one, scored and saved, with tables, pictures and the card."""
-        o, tuned, sets, folder = self.options, self.tuned, self.sets, self.folder
+    def finish(self, before: results.Source | None, folder: RunFolder) -> None:
+        """The last model and the best one, scored and saved in `folder`, with tables, pictures and the card."""
+        o, tuned, sets = self.options, self.tuned, self.sets
         ends: dict[str, float] = {}
         for name, tensors in tuned.ends():  # what is reported comes at the end, and stays in the model
             tuned.load_tensors(tensors)
-            if self.main and (name == "best" or o.final_model == "best"):
+            if self.reads and (name == "best" or o.final_model == "best"):
                 self.write_tensors(folder.path / name)
             if name != o.final_model:
                 ends = results.end_figures(name, self.evaluate, sets.test, self.source)
         out = self.evaluate(sets.test)
         target = metrics.scores(out.target, out.labels)
         after = self.source and self.source.full()
-        if not self.main:
+        if not self.reads:
             return
         self.write_tensors(folder.path)
         trains = next(self.adapter.parameters(), None) is not None

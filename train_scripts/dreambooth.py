@@ -15,19 +15,16 @@ from __future__ import annotations
 
 import itertools
 import logging
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 import vislora
-from vislora import adapters, config, optim, probe, world
+from vislora import adapters, config, distributed, optim, probe, world
 from vislora.baselines import BASELINES
 from vislora.diffusion import conditioning, keeping, models, objective, publish, quantize, validation
 from vislora.diffusion.base import facts_of
@@ -39,7 +36,7 @@ from vislora.diffusion.results import conclude, draw_base
 from vislora.diffusion.verify import exported_error
 from vislora.errors import InputError, run_script
 from vislora.export import kohya_copy
-from vislora.training import checkpoint, telemetry
+from vislora.training import checkpoint, processes, telemetry
 from vislora.training.begin import begin
 from vislora.training.cores import require_device, use_cores
 from vislora.training.dry_run import describe
@@ -53,10 +50,11 @@ from vislora.training.schedule import first_rate
 
 def main(argv: list[str]) -> None:
     options, method = parse(argv)
-    require_device(whole_model=True)
+    require_device()
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("--mixed_precision", "fp16 is not supported on a CPU", "take bf16 or no")
+    processes.require_served(accelerator, method, options.base_quantization != "none", options.compile)
     torch.backends.cuda.matmul.allow_tf32 = options.allow_tf32
     use_cores(accelerator.num_processes, options.cpu_threads)
 
@@ -84,9 +82,7 @@ def main(argv: list[str]) -> None:
         data = f"{len(photos)} photos, first caption: {photos.captions[0]!r}"
         print(describe(adapter, data, str(estimate(options, adapter, diffusion, photos, accelerator))))
         return
-    folder = RunFolder.create(*where) if accelerator.is_main_process else None
-    (path,) = broadcast_object_list([str(folder.path) if folder else None])
-    with folder or RunFolder(Path(path)) as folder:
+    with processes.run_folder(accelerator, *where) as folder:
         if next(adapter.parameters(), None) is None:
             return draw_base(options, adapter, diffusion, [p.path for p in photos.photos], prompts, folder)
         Run(options, adapter, accelerator, diffusion, photos, prompts, folder, keeper).go()
@@ -125,6 +121,8 @@ class Run:
         self.options, self.adapter, self.folder, self.keeper = options, adapter, folder, keeper
         self.accelerator, self.models = accelerator, diffusion
         self.main, self.photos, classes = accelerator.is_main_process, photos, None
+        self.sharded = processes.is_sharding(accelerator)
+        self.reads = self.main or self.sharded  # what reads the base's weights, or runs the model
         photos.use(diffusion, self.main)
         texts = [*photos.texts(), *(set(photos.classes) if options.with_prior_preservation else ())]
         conditioning.warn_of_cuts(diffusion, [*texts, *prompts])
@@ -136,7 +134,7 @@ class Run:
                 classes.use(diffusion, self.main, photos)
         self.sampler = diffusion.pipeline()
         paths = [photo.path for photo in photos.photos]
-        self.validation = validation.Validation(options, prompts, paths, folder.samples, diffusion)
+        self.validation = validation.Validation(options, prompts, paths, folder.samples, diffusion, self.sharded)
 
         encoders = diffusion.family.clip if options.train_text_encoder else ()
         rates = dict.fromkeys(encoders, options.text_encoder_lr)
@@ -147,8 +145,9 @@ class Run:
             num_cycles=options.lr_num_cycles, power=options.lr_power,
         )  # fmt: skip
         set_computation(options, diffusion)
-        self.network, self.optimizer = accelerator.prepare(diffusion.denoiser, optimizer)
-        prepared = {name: accelerator.prepare(diffusion.parts[name]) for name in encoders}
+        own, network = adapter.parameters(), diffusion.denoiser
+        self.network, self.optimizer = processes.prepare(accelerator, network, optimizer, own)
+        prepared = {name: processes.network(accelerator, diffusion.parts[name], None) for name in encoders}
         self.trained = [self.network, *prepared.values()]
         self.denoising = Denoising(options, diffusion, adapter, photos, classes, embeddings, self.network, prepared)
         self.adapter.bind(self.optimizer, self.total, first_rate(self.scheduler, self.total))
@@ -160,24 +159,22 @@ class Run:
         if self.main:
             begin(self.folder, o, self.adapter)
         if start == 0:
-            if self.main:
+            if self.reads:
                 self.validation.draw(self.sampler, 0)
             steps = itertools.count()  # a data-driven start sees the run's first batches
             self.adapter.prepare(lambda: self.backward(next(steps))["loss"])
             if self.ema is not None:  # which such a start has moved
                 self.ema = EMA(self.adapter.named_parameters(), o.ema_decay, warmup=True)
-        if self.main and (o.drift_steps or self.keeper):
+        if self.reads and (o.drift_steps or self.keeper):
             self.drift = keeping.drift_of(o, self.models, self.adapter)
         settings = {name: str(value) for name, value in config.to_dict(o).items()}
         kind = o.report_to if self.main else "none"
         with telemetry.Log(self.folder, kind, settings) as log, InterruptFlag() as stop:
             self.train(start, log, stop)
-            if self.main and not stop:
-                self.finish(log)
-        if stop:
-            again = f"--output_dir {self.folder.path} --resume_from_checkpoint latest"
-            print(f"vislora: stopped by a signal; to go on, add {again}", file=sys.stderr)
-            raise SystemExit(stop.status)
+            if self.reads and not processes.stopping(self.accelerator, stop):
+                with processes.written(self.folder, self.main) as folder, self.averaged():
+                    self.finish(log, folder)
+        processes.leave(self.accelerator, stop, self.folder)
 
     def train(self, start: int, log: telemetry.Log, stop: InterruptFlag) -> None:
         """Optimizer steps start + 1 to the last; each goes by the numbers step and seed alone."""
@@ -198,11 +195,12 @@ class Run:
                     self.ema.update()
             done = step + 1
             bar.update()
-            if self.main and (done % o.logging_steps == 0 or done == self.total):
-                values = meter.read() | {"lr": rate}
+            if done % o.logging_steps == 0 or done == self.total:
+                values = meter.read(lambda value: distributed.mean(value, self.accelerator.device)) | {"lr": rate}
                 with meter.paused():
-                    by_site, largest = telemetry.layers(self.adapter)
-                    log.write(done, values | largest, by_site)
+                    by_site, largest = telemetry.layers(self.adapter) if self.reads else ({}, {})
+                    if self.main:
+                        log.write(done, values | largest, by_site)
                 share = {"bound": f"{largest['largest_share']:.0%}"} if "largest_share" in largest else {}
                 bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{values['lr']:.1e}", **share)
             if o.probe_steps and done % o.probe_steps == 0 and done < self.total:
@@ -210,15 +208,18 @@ class Run:
                     found = probe.cosines(self.adapter, partial(self.backward, done), o.gradient_accumulation_steps)
                     if self.main:
                         log.write(done, *telemetry.alignment(found))
-            if self.main and o.drift_steps and done % o.drift_steps == 0:
+            if self.reads and o.drift_steps and done % o.drift_steps == 0:
                 with meter.paused(), self.averaged():
-                    log.write(done, self.drift.measure(), {})
-            if self.main and (done % o.checkpointing_steps == 0 or stop or (done == self.total and self.keeper)):
+                    drift = self.drift.measure()
+                if self.main:
+                    log.write(done, drift, {})
+            stopping = processes.stopping(self.accelerator, stop)
+            if self.reads and (done % o.checkpointing_steps == 0 or stopping or (done == self.total and self.keeper)):
                 self.save(done)
-            if self.main and o.validation_steps and done % o.validation_steps == 0 and done < self.total:
+            if self.reads and o.validation_steps and done % o.validation_steps == 0 and done < self.total:
                 with meter.paused(), self.averaged():
                     log.images(done, "samples", self.validation.draw(self.sampler, done))
-            if stop:
+            if stopping:
                 break
         bar.close()
         for model in self.trained:
@@ -233,8 +234,7 @@ class Run:
                 world=self.accelerator.num_processes,
             )  # fmt: skip
             torch.manual_seed(generator(o.seed, "dropout", position).initial_seed())  # dropout knows no generators
-            last = micro == micros - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.network):
+            with nullcontext() if self.sharded or micro == micros - 1 else self.accelerator.no_sync(self.network):
                 terms = self.denoising.losses(position)
                 self.accelerator.backward(terms["total"] / micros)
             for name, value in terms.items():
@@ -243,6 +243,8 @@ class Run:
         if self.adapter.method.has_penalty():  # once an optimizer step, whatever the accumulation
             parts["penalty"] = self.adapter.penalty()
             self.accelerator.backward(parts["penalty"])
+        if self.sharded:
+            processes.average_gradients(self.adapter.parameters(), self.accelerator.device)
         return parts
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -254,11 +256,12 @@ class Run:
         return {"config": config.to_dict(self.options) | own, "photos": self.photos.hashes()}
 
     def save(self, step: int) -> None:
-        save_state(
-            self.folder.checkpoints, step, self.adapter, self.optimizer.optimizer, self.scheduler,
-            self.accelerator.scaler, self.about(), self.options.checkpoints_total_limit,
-            {} if self.ema is None else {"ema": self.ema.state()},
-        )  # fmt: skip
+        with processes.written(self.folder, self.main) as folder:
+            save_state(
+                folder.checkpoints, step, self.adapter, self.optimizer.optimizer, self.scheduler,
+                self.accelerator.scaler, self.about(), self.options.checkpoints_total_limit,
+                {} if self.ema is None else {"ema": self.ema.state()},
+            )  # fmt: skip
 
     def resume(self) -> int:
         """Bring the run back to its checkpoint; returns the step to go on from."""
@@ -275,23 +278,20 @@ class Run:
             print(f"resumed {saved.path} at step {saved.step}")
         return saved.step
 
-    def finish(self, log: telemetry.Log) -> None:
-        """The adapter in our format and in stock tools', the proof that diffusers reads it, images, the card."""
-        o, kept = self.options, None
-        with self.averaged():
-            if self.keeper:
-                seen = self.folder, self.validation, self.sampler, self.photos, self.drift
-                kept = self.keeper.choose(self.adapter, *seen, self.total)
-            self.adapter.save(self.folder.adapter)
-            file = self.adapter.export(self.folder.path, "diffusers", o.export_rank)
-            kind = getattr(self.models.scheduler.config, "prediction_type", None)
-            copy = kohya_copy(self.adapter, self.folder.path, o.export_rank, kind)
-            error = exported_error(self.sampler, self.adapter, self.folder.path, rank=o.export_rank)
-            log.images(self.total, "samples", self.validation.sheet(self.sampler, self.total))
-            grid = self.validation.compare(kept.step if kept else self.total)
-            about = self.models.pipeline_class, file, error, copy, kept
-            conclude(self.folder, o, self.adapter, self.total, grid, *about)
-        if o.push_to_hub:
+    def finish(self, log: telemetry.Log, folder: RunFolder) -> None:
+        """Into `folder`: the adapter in our format and stock tools', proof that diffusers reads it, images, a card."""
+        o, kept, seen = self.options, None, (self.folder, self.validation, self.sampler, self.photos)
+        if self.keeper:
+            kept = self.keeper.choose(self.adapter, *seen, self.drift, self.total)
+        self.adapter.save(folder.adapter)
+        file = self.adapter.export(folder.path, "diffusers", o.export_rank)
+        kind = getattr(self.models.scheduler.config, "prediction_type", None)
+        copy = kohya_copy(self.adapter, folder.path, o.export_rank, kind)
+        error = exported_error(self.sampler, self.adapter, folder.path, rank=o.export_rank)
+        log.images(self.total, "samples", self.validation.sheet(self.sampler, self.total))
+        grid = self.validation.compare(kept.step if kept else self.total)
+        conclude(folder, o, self.adapter, self.total, grid, self.models.pipeline_class, file, error, copy, kept)
+        if o.push_to_hub and self.main:
             print(f"hub        {publish.push(self.folder.path, o.hub_model_id)}")
 
 

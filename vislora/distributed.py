@@ -17,6 +17,11 @@ def processes() -> int:
     return group.get_world_size() if group.is_available() and group.is_initialized() else 1
 
 
+def is_first() -> bool:
+    """Whether this is the first of them, or the only one."""
+    return processes() == 1 or group.get_rank() == 0
+
+
 def mean(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` averaged over the processes, where it was; summed on `device`, which the group's backend must serve.
 
@@ -91,6 +96,13 @@ def overwrite(tensor: Tensor, value: Tensor) -> None:
     value = value.detach().to(tensor.device, tensor.dtype, copy=True)
     from_first(value)
     tensor.copy_(as_sharded(value, tensor))
+
+
+def first_says(value: bool, device: torch.device) -> bool:
+    """What the first process says, on all of them."""
+    told = torch.tensor(int(value), device=device)
+    from_first(told)
+    return bool(told)
 
 
 @torch.no_grad()

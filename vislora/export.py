@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import linalg
 from .adapter import Adapter
+from .distributed import class_name
 from .errors import InputError, near
 from .formats import Layer, store, written
 from .formats.family import ARCHITECTURE, FAMILIES, PREDICTION, of_models
@@ -222,7 +223,7 @@ def component_name(component: str, root: nn.Module, format: str = "diffusers") -
 
     Raises InputError for one that has no place there.
     """
-    kind = type(root).__name__
+    kind = class_name(root)
     name = component or _COMPONENT_OF.get(kind, kind)
     if name not in COMPONENTS or (format == "diffusers" and kind == "T5EncoderModel"):
         raise InputError("export", f"the {format} layout has no place for {name}", "export it as peft, or adapter.save")

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .adapter import Adapter
 from .adapters import Method
 from .errors import InputError
@@ -38,7 +39,8 @@ def cosines(adapter: Adapter, closure: Callable[[], object], backwards: int = 1)
     closure() runs forward and backward, `backwards` times over where an optimizer step accumulates so many batches.
     With one backward each layer's full gradient is measured and freed while the backward runs, so that the device
     holds one at a time; with more, their sums wait on the CPU. Gradients of all tensors, requires_grad of the weights
-    and the global random state are afterwards what they were. Of several processes each measures its own batches.
+    and the global random state are afterwards what they were. Of several processes each measures its own batches; where
+    the model is in shards, all measure the mean of their gradients, and must call this together.
     Differs from the paper: a role with a learning rate of its own (LoRA+) is weighted by it. Optimizers that replace
     gradients (LoRA-Pro and its kin) are not looked through.
     Raises InputError for layers that the loss does not reach, and for more backward passes than were announced.
@@ -53,7 +55,7 @@ def cosines(adapter: Adapter, closure: Callable[[], object], backwards: int = 1)
     arrived = dict.fromkeys(owners, 0)
 
     def add(weight: Site, gradient: Tensor) -> None:
-        key = weight.key
+        key, gradient = weight.key, distributed.whole(gradient)
         arrived[key] += 1
         if arrived[key] > backwards:
             wrong = f"{owners[key][0][0]} got more than {backwards} gradients"

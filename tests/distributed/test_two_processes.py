@@ -55,6 +55,11 @@ def test_both_end_with_equal_adapters(folder, case):
         assert torch.equal(tensor, second[name]), name
 
 
+def test_weights_that_each_process_drew_are_the_first_ones_on_all(folder):
+    first, second = (of(folder, "chance", rank) for rank in range(2))
+    assert len(first) == 5 and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
 def test_gradients_are_those_of_all_data(folder):
     alone = gradients((0, 1))
     for rank in range(2):

@@ -20,7 +20,7 @@ from vislora import adapters
 from vislora.baselines import BASELINES
 from vislora.errors import InputError
 from vislora.io import read
-from vislora.language.processes import average_gradients, require_served
+from vislora.training.processes import average_gradients, require_served
 
 FLAGS = ["--model_name_or_path", "model", "--dataset_name", "rows.jsonl", "--prompt_template", "qa", "--rank", "2",
          "--max_train_steps", "3", "--logging_steps", "1", "--report_to", "none", "--learning_rate", "0.01",

@@ -46,12 +46,12 @@ def test_accelerate_reads_it_as_it_is_meant(name):
         assert arguments.zero_stage == 2 and arguments.offload_optimizer_device == "none"
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
-def test_scripts_that_hold_the_whole_model_refuse_shards(monkeypatch, name):
-    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
-    with pytest.raises(InputError, match=f"accelerate launch: {name} is not served.* -> take DDP"):
-        require_device(whole_model=True)
+def test_deepspeed_is_refused_before_accelerate_looks_for_its_package(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     require_device()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(InputError, match="accelerate launch: DeepSpeed is not served.* -> take DDP"):
+        require_device()
 
 
 def launch(place: Path, out: str, name: str, *flags: str) -> subprocess.Popen:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 from reliability.campaign import SCRIPTS as CAMPAIGNS
 from reliability.campaign import Campaign
 from reliability.forks import Server
 from reliability.plays import SCRIPTS, require_equal, stage, state, words
+from script_runs import lines
+from tiny_vit import hf_vit, image_folder, save_clip, save_conv, timm_vit
 
+from vislora import world
 from vislora.training import checkpoint
 
 case = pytest.mark.case
 RESUME = ("--resume_from_checkpoint", "latest")
+SHARDS = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what accelerate launch sets for FSDP2
+UNEQUAL = ("layers", "seconds_per_step", "images_per_second")
 BATCH = {"causal_lm": "--per_device_train_batch_size", "sequence_classification": "--per_device_train_batch_size"}
 
 
@@ -30,21 +39,22 @@ def place(tmp_path_factory):
     return stage(tmp_path_factory.mktemp("stage"))
 
 
-def start_two(server, place, name, *flags, faults=((), ())) -> list[int]:
-    """Two processes of one run, by gloo; the faults of each."""
+def start_two(server, place, name, *flags, faults=((), ()), env=None) -> list[int]:
+    """Two processes of one run, by gloo; the faults of each. env: of both."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     loopback = next((word for word in os.listdir("/sys/class/net") if word.startswith("lo")), "lo")
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": loopback}
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": loopback,
+           **(env or {})}  # fmt: skip
     argv = [*words(name, *flags), "--cpu_threads", "1"]
     ranks = [{**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
     return [server.start(name, argv, place, faults=own, env=rank) for own, rank in zip(faults, ranks, strict=True)]
 
 
-def two(server, place, name, *flags) -> None:
+def two(server, place, name, *flags, env=None) -> None:
     """The same, and both end well."""
-    pids = start_two(server, place, name, *flags)
+    pids = start_two(server, place, name, *flags, env=env)
     assert [server.wait(pid) for pid in pids] == [0, 0], "\n".join(server.log(pid)[-2000:] for pid in pids)
 
 
@@ -155,11 +165,87 @@ def test_two_processes_make_the_steps_of_one_with_twice_the_batch(server, place,
             two(server, place, name, *flags)
         else:
             assert server.run(name, words(name, *flags), place)[0] == 0
-    one, both = (state(place / f"{name}-{out}", 3) for out in ("one", "two"))
+    same(*(state(place / f"{name}-{out}", 3) for out in ("one", "two")))
+
+
+def same(one: dict, both: dict) -> None:
+    """Two checkpoints are of the same state, to rounding; moments, whose rounding is larger, aside."""
     assert one.keys() == both.keys()
     for key, tensor in one.items():
         if "optimizer" not in key:
             assert (tensor - both[key]).abs().max() < 1e-4 * max(1.0, float(tensor.abs().max())), key
+
+
+def in_shards(server, place, name, *flags) -> None:
+    """Three steps of two processes, each with a half of the model, against one process with twice the batch; and the
+    third step again, from the second checkpoint."""
+    out = f"{name}-shards"
+    for which in ("one", "two"):
+        shutil.rmtree(place / f"{out}-{which}", ignore_errors=True)
+    flags = ("--max_train_steps", "3", "--checkpointing_steps", "1", *flags, "--train_batch_size")
+    assert server.run(name, words(name, *flags, "2", "--output_dir", f"{out}-one"), place)[0] == 0
+    flags = (*flags, "1", "--output_dir", f"{out}-two")
+    two(server, place, name, *flags, env=SHARDS)
+    one, both = (state(place / f"{out}-{which}", 3) for which in ("one", "two"))
+    same(one, both)
+    files = [{str(f.relative_to(place / f"{out}-{which}")) for f in (place / f"{out}-{which}").rglob("*")}
+             for which in ("one", "two")]  # fmt: skip
+    assert files[0] == files[1]
+    for picture in (name for name in files[0] if name.startswith("samples/step-0") and name.endswith(".png")):
+        a, b = (np.asarray(Image.open(place / f"{out}-{which}" / picture), float) for which in ("one", "two"))
+        assert abs(a - b).mean() < 1, picture
+    for a, b in zip(*(lines(str(place / f"{out}-{which}")) for which in ("one", "two")), strict=True):
+        a, b = ({key: value for key, value in line.items() if key not in UNEQUAL} for line in (a, b))
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
+    two(server, place, name, *flags, "--resume_from_checkpoint", "checkpoint-2", env=SHARDS)
+    require_equal(both, state(place / f"{out}-two", 3))
+
+
+def test_two_processes_with_half_of_an_image_model_each_make_the_steps_of_one(server, place):
+    flags = ("--eval_steps", "2", "--ema_decay", "0.9", "--adapter", "sorsa", "--probe_steps", "1")
+    in_shards(server, place, "classification", *flags)
+
+
+DRAWN = ("--validation_prompt", "a b", "--num_validation_images", "1", "--validation_inference_steps", "1")
+CHOSEN = ("--pretrained_model_name_or_path", str(world.TINY_SD), "--keep", "best", "--drift_steps", "2", "--adapter",
+          "lora", "--instance_prompt", "a x dog", "--class_prompt", "a dog", "--num_validation_images", "1",
+          "--validation_inference_steps", "1", "--validation_prompt", "x dog, near", "x dog, far")  # fmt: skip
+
+
+def test_two_processes_with_half_of_a_denoiser_each_make_the_steps_of_one(server, place):
+    in_shards(server, place, "dreambooth", *DRAWN, "--validation_steps", "2", "--use_ema", "--adapter", "nb_lora",
+              "--gradient_accumulation_steps", "2")  # fmt: skip
+    report = json.loads((place / "dreambooth-shards-two" / "metrics.json").read_text())
+    assert report["diffusers_export_error"] < 1e-6  # read back over shards
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [
+    CHOSEN,
+    ("--adapter", "dora", "--train_text_encoder", "--export_rank", "2", "--with_prior_preservation", "--class_prompt",
+     "a", "--prior_source", "base_output", "--gradient_checkpointing"),
+    ("--adapter", "sorsa", "--drift_steps", "1", "--probe_steps", "1", "--mixed_precision", "no"),
+], ids=["keep", "dora", "sorsa"])  # fmt: skip
+def test_half_a_denoiser_in_all_that_reads_it(server, place, flags):
+    in_shards(server, place, "dreambooth", *flags)
+    report = json.loads((place / "dreambooth-shards-two" / "metrics.json").read_text())
+    assert (report["diffusers_export_error"] is None) == ("dora" in flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tower", ["vit", "transformers", "open_clip", "conv"])
+def test_half_of_each_kind_of_image_model(server, place, tower, tmp_path):
+    if tower == "transformers":
+        hf_vit(timm_vit()).save_pretrained(tmp_path / tower)
+    elif tower != "vit":
+        (save_conv if tower == "conv" else save_clip)(tmp_path / tower)
+    folder = place / tower if tower == "vit" else tmp_path / tower
+    more = () if tower in ("open_clip", "conv") else ("--gradient_checkpointing",)
+    source = () if tower == "transformers" else ("--source_dataset_name", "source", "--knn")
+    if source and not (place / "source").exists():
+        image_folder(place / "source", 4, train=12, test=3)
+    in_shards(server, place, "classification", "--model_name_or_path", str(folder), "--adapter", "dora", *more, *source,
+              "--channels_last")  # fmt: skip
 
 
 def test_what_the_campaign_runs_are_the_scripts():

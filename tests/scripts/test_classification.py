@@ -20,7 +20,7 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from script_runs import REPOSITORY, compiles, refused
-from tiny_vit import coloured, image_folder, parquet_folder, save_timm
+from tiny_vit import coloured, image_folder, parquet_folder, save_clip, save_timm
 
 import vislora
 from vislora import config
@@ -300,21 +300,7 @@ def test_the_gradient_probe_refuses_what_has_no_low_rank_update(run, capsys):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A CLIP of random weights and 16 pixels, in a folder that open_clip's local-dir: reads, with a BPE of its own."""
-    import open_clip
-    from safetensors.torch import save_file
-
-    place = tmp_path_factory.mktemp("clip")
-    vision = {"image_size": 16, "layers": 2, "width": 24, "head_width": 8, "patch_size": 4}
-    text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-    shape = {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text}
-    about = {"model_cfg": shape, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
-    (place / "open_clip_config.json").write_text(json.dumps(about))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = open_clip.create_model(f"local-dir:{place}", load_weights=False)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, place / "open_clip_model.safetensors")
-    return place
+    return save_clip(tmp_path_factory.mktemp("models") / "clip")
 
 
 def test_a_clips_zero_shot_accuracy_is_above_chance(run, tmp_path):

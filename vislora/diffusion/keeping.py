@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm.auto import tqdm
 
-from vislora import world
+from vislora import distributed, world
 from vislora.diffusion.dataset import ImageSet, concepts_of
 from vislora.diffusion.models import DiffusionModels
 from vislora.diffusion.options import DreamBoothOptions
@@ -148,11 +149,12 @@ class Keeper:
     def choose(
         self, adapter: Handle, folder: RunFolder, validation: Validation, sampler, photos: ImageSet,
         drift: DenoisingDrift, total: int,
-    ) -> Kept:  # fmt: skip
+    ) -> Kept | None:  # fmt: skip
         """Score the checkpoints of a run that has made `total` steps; afterwards `adapter` is the kept one.
 
         Those that the options ask for count, whatever a signal left besides. Images that a stage lacks are drawn. A
         checkpoint that is missing, damaged or not finite is left out with a warning; InputError where none is left.
+        Processes that hold shards call it together; the first chooses, and the others return None.
         """
         from vislora.metrics.cache import Cache
         from vislora.sweep.keep import Point, fidelity, keep
@@ -167,15 +169,22 @@ class Keeper:
                 log.warning("%s: %s -> left out of the choice", printable(error.subject), printable(error.wrong))
                 continue
             validation.sheet(sampler, step)
+            drifted = drift.measure()["drift_denoising"]
+            if not validation.writes:  # has no images to score
+                continue
             seen = fidelity(folder.samples / f"step-{step:06d}", paths, self.held_out, self.dino, cache)
-            point = Point(step, seen, drift.measure()["drift_denoising"])
+            point = Point(step, seen, drifted)
             if all(map(math.isfinite, (*point.fidelity, point.drift))):
                 points.append(point)
             else:
                 log.warning("step %d: its scores are not finite -> left out of the choice", step)
-        kept = Kept(keep(points), points, len(self.held_out), self.dino.identifier)
-        self._show(kept.step, adapter, folder)
-        kept.draw(folder.path / PICTURE)
+        kept = Kept(keep(points), points, len(self.held_out), self.dino.identifier) if validation.writes else None
+        chosen = torch.tensor(kept.step if kept else 0, device=drift.models.device)
+        if validation.together:
+            distributed.from_first(chosen)
+        self._show(int(chosen), adapter, folder)
+        if kept:
+            kept.draw(folder.path / PICTURE)
         return kept
 
     def _show(self, step: int, adapter: Handle, folder: RunFolder) -> None:

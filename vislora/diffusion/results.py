@@ -33,7 +33,8 @@ def conclude(
 ) -> None:
     """Write metrics and card after `steps` steps, and say where things are.
 
-    exported: the file or folder that stock tools load, `error` off when read back. pipeline: the diffusers class.
+    exported: the file or folder that stock tools load, `error` off when read back, None where it was not.
+    pipeline: the diffusers class.
     copy: the same for ComfyUI and A1111. kept: the checkpoint that was chosen, None for the last step.
     """
     in_file = exported is not None and exported.is_file()  # the certificate is of what it holds
@@ -62,7 +63,8 @@ def conclude(
         print(f"adapter    {folder.adapter}")
     if exported is not None:
         cost = f"lost: {lost:.1%} of a layer; " if in_file else ""
-        print(f"diffusers  {exported} ({cost}read back by stock diffusers, off by {error:.0e})")
+        read = f"read back by stock diffusers, off by {error:.0e}" if error is not None else "not read back from shards"
+        print(f"diffusers  {exported} ({cost}{read})")
     if copy is not None:
         print(f"kohya      {copy} (for ComfyUI and A1111)")
     if share is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from vislora import distributed
 from vislora.data.images import read
 from vislora.diffusion.models import DiffusionModels
 from vislora.diffusion.options import DreamBoothOptions
@@ -49,13 +50,17 @@ def prompts_of(words: Sequence[str]) -> list[str]:
 
 
 class Validation:
-    """Draws `prompts`, each with the same seeds at every stage, into `folder`/step-<step>/ and sheets beside it."""
+    """Draws `prompts`, each with the same seeds at every stage, into `folder`/step-<step>/ and sheets beside it.
+
+    together: all processes draw, whose model is in shards, and the first writes; else one draws.
+    """
 
     def __init__(
         self, options: DreamBoothOptions, prompts: Sequence[str], photos: Sequence[Path], folder: Path,
-        models: DiffusionModels,
+        models: DiffusionModels, together: bool = False,
     ):  # fmt: skip
         self.options, self.prompts, self.folder = options, list(prompts), folder
+        self.device, self.together, self.writes = models.device, together, not together or distributed.is_first()
         self.guidance, self.more, self.side = models.guidance, models.drawing, options.resolution or models.resolution
         self.photos = [read(path) for path in photos[:8]] if self.prompts else []
         self.seeds = [
@@ -63,14 +68,17 @@ class Validation:
         ]
 
     def draw(self, pipeline, step: int) -> Image.Image | None:
-        """Draw the stage after `step` optimizer steps; returns its sheet, None without prompts."""
+        """Draw the stage after `step` optimizer steps; returns its sheet, None without prompts or where another process
+        writes."""
         if not self.prompts:
             return None
         o, flat = self.options, [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
         images = render(
             pipeline, [p for p, _ in flat], [s for _, s in flat], o.validation_inference_steps, self.guidance,
-            o.sample_batch_size, self.side, self.side, f"samples at step {step}", self.more,
+            o.sample_batch_size, self.side, self.side, f"samples at step {step}" if self.writes else None, self.more,
         )  # fmt: skip
+        if not self.writes:
+            return None
         count = len(self.seeds)
         stage = [images[i * count : (i + 1) * count] for i in range(len(self.prompts))]
         place = self.folder / f"step-{step:06d}"
@@ -87,8 +95,11 @@ class Validation:
 
     def sheet(self, pipeline, step: int) -> Image.Image | None:
         """The stage's sheet as it was drawn, by this run or before it was resumed; else it is drawn now."""
-        if not self._drawn(step):
+        drawn = self._drawn(step)
+        if not (distributed.first_says(drawn, self.device) if self.together else drawn):
             return self.draw(pipeline, step)
+        if not self.writes:
+            return None
         with Image.open(self.folder / f"step-{step:06d}.png") as image:
             return image.convert("RGB")
 
@@ -114,8 +125,9 @@ class Validation:
         })  # fmt: skip
 
     def compare(self, last: int) -> Path | None:
-        """Write grid.png: the photos, then each prompt before, half-way and after step `last`. None without prompts."""
-        steps = sorted(s for s in self._stages() if s <= last and self._drawn(s))
+        """Write grid.png: the photos, then each prompt before, half-way and after step `last`. None without prompts, or
+        where another process writes."""
+        steps = sorted(s for s in self._stages() if s <= last and self._drawn(s)) if self.writes else ()
         if not self.prompts or not steps:
             return None
         middle = steps[len(steps) // 2]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vislora.baselines.full import FullHandle
+from vislora.distributed import is_sharded
 from vislora.errors import EnvironmentFault
 from vislora.export import component_name, squeezed_for
 from vislora.handle import Handle
@@ -26,7 +27,9 @@ log = logging.getLogger("vislora")
 def exported_error(
     pipeline, adapter: Handle, folder: Path, tolerance: float = 1e-3, rank: int | None = None
 ) -> float | None:
-    """The error of what `adapter.export(folder, rank=rank)` wrote as stock tools read it; None where it wrote nothing.
+    """The error of what `adapter.export(folder, rank=rank)` wrote as stock tools read it.
+
+    None where it wrote nothing, or DoRA's magnitudes for weights in shards, of which PEFT's layers would take norms.
 
     Load folder/pytorch_lora_weights.safetensors by `pipeline.load_lora_weights`, compare, and unload it again.
 
@@ -42,6 +45,8 @@ def exported_error(
         return None
     updates = squeezed_for(adapter, "diffusers", rank).updates
     sites = {name: site for name, site, _, _ in adapter.site_updates()}
+    if any(update.magnitude is not None and is_sharded(sites[name].parameter) for name, update in updates.items()):
+        return None
     with adapter.disabled(), adapter.hidden(), _quiet_loaders():
         pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=_NAME)
         try:

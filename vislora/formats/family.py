@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..distributed import class_name
 from .lora import Layer
 
 ARCHITECTURE = "modelspec.architecture"
@@ -113,7 +114,7 @@ def of_models(roots: Mapping[str, Any]) -> str | None:
     roots: {component: module}, or {"": module}.
     """
     for root in roots.values():
-        kind, config = type(root).__name__, getattr(root, "config", None)
+        kind, config = class_name(root), getattr(root, "config", None)
         if kind == "FluxTransformer2DModel":
             return "flux" if config.guidance_embeds else "flux-schnell"
         if kind == "SD3Transformer2DModel":

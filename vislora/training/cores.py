@@ -30,14 +30,12 @@ def _is_set(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
-def require_device(whole_model: bool = False) -> None:
-    """InputError where a launcher started more processes on this machine than it has GPUs; with `whole_model`, also
-    where it would keep the model in shards."""
+def require_device() -> None:
+    """InputError where a launcher started more processes on this machine than it has GPUs, or DeepSpeed."""
     mine, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    sharding = [name for name in ("FSDP", "DeepSpeed") if whole_model and _is_set(f"ACCELERATE_USE_{name.upper()}")]
-    if sharding:
-        wrong = f"{sharding[0]} is not served: each process of this script holds the whole model"
-        raise InputError("accelerate launch", wrong, "take DDP, as in configs/accelerate/ddp.yaml")
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):  # before accelerate looks for its package
+        wrong = "DeepSpeed is not served: its engine steps, clips and saves by itself, out of adapters' sight"
+        raise InputError("accelerate launch", wrong, "take DDP, as in configs/accelerate/ddp.yaml, or FSDP2")
     if there and mine >= there and not _is_set("ACCELERATE_USE_CPU"):
         wrong = f"process {mine + 1} of this machine has no GPU: there are {there}"
         raise InputError("--num_processes", wrong, f"launch {there} a machine, or add --cpu to the launcher's flags")

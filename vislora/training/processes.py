@@ -1,0 +1,175 @@
+"""What several processes may be: copies of the whole model, by DDP, or holders of its shards, by FSDP2.
+
+Under FSDP2 the base is in shards, the adapter and a classifier's head are whole on every process, and their gradients
+are averaged here. So checkpoints and optimizers are those of one process; but whatever reads a base weight gathers it,
+and must be called by all.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list, convert_outputs_to_fp32
+from torch import nn
+
+from vislora import Method, distributed
+from vislora.errors import InputError
+from vislora.training.run import InterruptFlag, RunFolder
+
+_NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)  # which FSDP's hooks would wait for in vain
+_SERVED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+
+
+def is_sharding(accelerator: Accelerator) -> bool:
+    """Whether the launcher asks for FSDP; of accelerate itself it serves no CPU."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return accelerator.num_processes > 1 and (asked or accelerator.distributed_type is DistributedType.FSDP)
+
+
+def require_served(accelerator: Accelerator, method: Any, quantized: bool, compiled: bool = False) -> None:
+    """Raise InputError, before anything is loaded, for a configuration of accelerate's that cannot train `method`, on a
+    `quantized` base or, `compiled`, in graphs."""
+    kind = accelerator.distributed_type
+    if kind not in _SERVED:
+        wrong = f"{kind.value} is not served: its engine steps, clips and saves by itself, out of adapters' sight"
+        raise InputError("accelerate launch", wrong, "take DDP, as in configs/accelerate/ddp.yaml, or FSDP2")
+    if not is_sharding(accelerator):
+        return
+    wrong = remedy = None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        wrong, remedy = "FSDP 1 is not served", "set fsdp_version: 2"
+    elif os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
+        wrong = "adapters start from weights that every process has read"
+        remedy = "set fsdp_cpu_ram_efficient_loading: false"
+    elif os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        wrong, remedy = "shards that wait on the CPU are not served", "set fsdp_offload_params: false"
+    elif quantized:
+        wrong, remedy = "quantized weights cannot be cut into shards", "take DDP: in 4 bits most models fit"
+    elif compiled:
+        wrong, remedy = "--compile is not served: graphs would break at every gathering of shards", "leave it out"
+    elif accelerator.mixed_precision == "fp16":
+        wrong, remedy = "fp16 is not served under FSDP", "take bf16 or no"
+    elif not isinstance(method, Method):
+        wrong, remedy = "trains or replaces the base's own weights", "take DDP"
+    if wrong:
+        raise InputError("FSDP", wrong, remedy)
+
+
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, own: Iterable[nn.Parameter]
+) -> tuple[nn.Module, Any]:
+    """accelerate's `prepare`; where FSDP is asked for, the model in shards, but for what trains: `own` stays whole."""
+    if not is_sharding(accelerator):
+        return accelerator.prepare(model, optimizer)
+    return network(accelerator, model, model, own), accelerator.prepare_optimizer(optimizer)
+
+
+def network(
+    accelerator: Accelerator, model: nn.Module, part: nn.Module | None, own: Iterable[nn.Parameter] = ()
+) -> nn.Module:
+    """accelerate's `prepare` of a model; where FSDP is asked for, the model itself, its forward in the precision that
+    accelerate asks for, and `part` of it in shards, None for nothing: all but `own`, which trains and stays whole.
+
+    Weights are the first process's on all, as DDP has them.
+    """
+    if not is_sharding(accelerator):
+        return accelerator.prepare(model)
+    model.to(memory_format=torch.contiguous_format)  # FSDP knows no other
+    for parameter in model.parameters():
+        distributed.from_first(parameter)
+    if part is not None:
+        _shard(part, accelerator, set(own))
+    if accelerator.mixed_precision == "no":
+        return model
+    plain = model.forward
+
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with accelerator.autocast():
+            return plain(*args, **kwargs)
+
+    model.forward = convert_outputs_to_fp32(forward)  # as accelerate's own does
+    model.forward.__signature__ = inspect.signature(plain)  # generate() reads it
+    return model
+
+
+def _shard(model: nn.Module, accelerator: Accelerator, own: set[nn.Parameter]) -> None:
+    """Cut the model into shards over the processes: each block is a unit, the rest one more."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    # What the model returns is read, here as everywhere; written to in place it would lose FSDP's hook on it.
+    said = rf"FSDP2-wrapped module \(FSDP{type(model).__name__}\) returned a view"
+    warnings.filterwarnings("ignore", said)
+    for module in [*blocks(model), model]:
+        fully_shard(module, mesh=mesh, ignored_params=own)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """What is gathered at a time, inner before outer: the blocks that transformers and diffusers keep together, by
+    name; of models that name none the members of lists and sequences of several composite modules of one class.
+    """
+    modules = [module for module in model.modules() if module is not model]
+    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    found = {module for module in modules if type(module).__name__ in names}
+    if not found:
+        rows = [list(row.children()) for row in model.modules() if isinstance(row, nn.ModuleList | nn.Sequential)]
+        alike = [row for row in rows if len(row) > 1 and len({type(one) for one in row}) == 1]
+        found = {one for row in alike for one in row if next(one.children(), None) is not None}
+    return [module for module in reversed(modules) if module in found and not isinstance(module, _NEVER_CALLED)]
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+    """Give every process the mean of all processes' gradients, by one message; what has none counts as zeros."""
+    parameters = [p for p in parameters if p.requires_grad]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters])
+    means = distributed.mean(flat, device).split([p.numel() for p in parameters])
+    for p, mean in zip(parameters, means, strict=True):
+        p.grad = mean.view_as(p).to(p.dtype, copy=True)
+
+
+def run_folder(accelerator: Accelerator, output_dir: str | None, resume: str | None) -> RunFolder:
+    """The run's folder, as `RunFolder.create` makes and locks it on the main process; others get to know its path."""
+    folder = RunFolder.create(output_dir, resume) if accelerator.is_main_process else None
+    (path,) = broadcast_object_list([str(folder.path) if folder else None])
+    return folder or RunFolder(Path(path))
+
+
+@contextmanager
+def written(folder: RunFolder, main: bool) -> Iterator[RunFolder]:
+    """The run's folder on the main process; on others one that is thrown away, for work that all must do together and
+    one speaks of."""
+    if main:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place, open(os.devnull, "w") as nowhere:
+        with redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield RunFolder(Path(place))
+
+
+def stopping(accelerator: Accelerator, stop: InterruptFlag) -> bool:
+    """Whether a signal came; in shards to any process, for all go on together or not at all."""
+    asked = torch.tensor(float(bool(stop)))
+    return bool(distributed.mean(asked, accelerator.device) > 0 if is_sharding(accelerator) else asked)
+
+
+def leave(accelerator: Accelerator, stop: InterruptFlag, folder: RunFolder) -> None:
+    """End the process, where a signal has stopped the run, and say how to go on with it."""
+    if stopping(accelerator, stop):
+        again = f"--output_dir {folder.path} --resume_from_checkpoint latest"
+        print(f"vislora: stopped by a signal; to go on, add {again}", file=sys.stderr)
+        raise SystemExit(stop.status or 128 + signal.SIGTERM)
