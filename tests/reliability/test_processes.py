@@ -208,8 +208,9 @@ def test_two_processes_with_half_of_an_image_model_each_make_the_steps_of_one(se
 
 DRAWN = ("--validation_prompt", "a b", "--num_validation_images", "1", "--validation_inference_steps", "1")
 CHOSEN = ("--pretrained_model_name_or_path", str(world.TINY_SD), "--keep", "best", "--drift_steps", "2", "--adapter",
-          "lora", "--instance_prompt", "a x dog", "--class_prompt", "a dog", "--num_validation_images", "1",
-          "--validation_inference_steps", "1", "--validation_prompt", "x dog, near", "x dog, far")  # fmt: skip
+          "lora", "--learning_rate", "0.001", "--instance_prompt", "a x dog", "--class_prompt", "a dog",
+          "--num_validation_images", "1", "--validation_inference_steps", "1", "--validation_prompt", "x dog, near",
+          "x dog, far")  # fmt: skip
 
 
 def test_two_processes_with_half_of_a_denoiser_each_make_the_steps_of_one(server, place):
