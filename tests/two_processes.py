@@ -65,13 +65,13 @@ def options(case: str) -> dict:
 def sharded(case: str, ranks: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """An adapter's tensors, deltas and what it saves after STEPS steps; in shards where `ranks` is one of several."""
     torch.manual_seed(0)
-    model, alone, own = Attending().train(), len(ranks) > 1, {}
+    model, alone = Attending().train(), len(ranks) > 1
     if case == "full" and not alone:  # its tensors are the model's own
         shard(model)
     more = {} if case == "full" else {"targets": ["a", "in_proj_weight[q]", "in_proj_weight[v]", "out_proj", "b"]}
-    if case in ("lora_ga", "lora_sb"):
-        more, own = {"targets": ["a", "b"]}, {"rank": 2}  # by gradients of weights, in shards those of linears alone
-    adapter = attach(model, case, **{**options(case), **own}, **more)
+    if case == "lora_ga":
+        more["rank"] = 2  # its start takes twice as many directions, and `a` has four
+    adapter = attach(model, case, **{**options(case), **more})
     if case != "full" and not alone:
         shard(model)
     optimizer = torch.optim.SGD(adapter.param_groups(0.05), momentum=0.9)
@@ -152,11 +152,10 @@ def trained(case: str, ranks: tuple[int, ...]) -> dict[str, torch.Tensor]:
 def refusals() -> str:
     """What a model in shards cannot do."""
     told = []
-    model = Attending().train()
-    adapter = attach(model, "lora_ga", rank=4, targets=["in_proj_weight[q]"])
+    model = net()
+    adapter = attach(model, "lora", rank=4)
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    for call in (lambda: adapter.prepare(lambda: model(batch(0, (0,))[0]).sum()), adapter.merge,
-                 lambda: attach(model, "lora", rank=2, name="later")):  # fmt: skip
+    for call in (adapter.merge, lambda: attach(model, "lora", rank=2, name="later")):
         try:
             call()
         except ValueError as error:

@@ -33,19 +33,13 @@ def weight_gradients(
     all weights, the adapter's gradients and the global random state are what they were.
     Of a quantized weight it is the gradient of the weight that it stands for. Of several processes, each with a loss
     of its own, it is the gradient of their mean; DDP leaves that of frozen weights alone.
-    Of a model in shards (`fully_shard`) linears alone are served.
-    Raises InputError for other layers in shards, and for layers that the loss does not reach, on every process if it is
-    so on one.
+    Raises InputError for layers that the loss does not reach, on every process if it is so on one.
     """
     weights = {site.key: site for part in adapter.parts.values() for site in part.sites}
-    for site in weights.values():
-        if distributed.is_sharded(site.parameter) and distributed.class_name(site.module) != "Linear":
-            wrong = f"the weight of {site.name} is in shards, whose gradient is not at hand"
-            raise InputError("prepare", wrong, "call adapter.prepare before fully_shard, or leave that layer out")
     sums: dict[Key, Tensor] = {}
 
     def add(site: Site, gradient: Tensor) -> None:
-        gradient = gradient.to("cpu", torch.float32)
+        gradient = distributed.whole(gradient).to("cpu", torch.float32)
         sums[site.key] = sums[site.key] + gradient if site.key in sums else gradient.clone()
 
     with watched(weights.values(), add), torch.random.fork_rng(devices(weights.values())):
@@ -74,12 +68,10 @@ def _require_reached(adapter: Adapter, sums: dict[Key, Tensor]) -> None:
 def watched(sites: Iterable[Site], add: Callable[[Site, Tensor], None]) -> Iterator[None]:
     """Inside, every backward hands add(site, dL/dW) as soon as a weight's gradient is whole, and frees it.
 
-    sites: one for each weight; dL/dW is the whole weight's, in its own shape; of a quantized one, and of one in shards,
-    (m, n), this process's own.
+    sites: one for each weight; dL/dW is the whole weight's, in its own shape, of a quantized one (m, n); of one in
+    shards it is in shards too, and the mean over the processes.
     """
-    sites = list(sites)
-    apart = {site.key for site in sites if is_quantized(site.module) or distributed.is_sharded(site.parameter)}
-    kept = [(site.parameter, site.parameter.grad) for site in sites if site.key not in apart]
+    kept = [(site.parameter, site.parameter.grad) for site in sites if not is_quantized(site.module)]
 
     def collect(site: Site) -> RemovableHandle:
         def take(weight: Tensor) -> None:
@@ -90,7 +82,7 @@ def watched(sites: Iterable[Site], add: Callable[[Site, Tensor], None]) -> Itera
             x = args[0] if args else kwargs["input"]
             return _Outer.apply(output, x, torch.empty(0, requires_grad=True), partial(add, site))
 
-        if site.key in apart:  # before the tap, which adds to what the module itself returns
+        if is_quantized(site.module):  # before the tap, which adds to what the module itself returns
             return site.module.register_forward_hook(watch, prepend=True, with_kwargs=True)
         site.parameter.grad = None
         site.parameter.requires_grad_(True)

@@ -87,8 +87,7 @@ def test_a_model_in_shards_trains_as_one_that_is_whole(folder, case):
 def test_what_a_model_in_shards_cannot_do_is_said(folder):
     for rank in range(2):
         told = (folder / f"refused-{rank}").read_text().splitlines()
-        expected = ("before fully_shard", "attn.in_proj_weight[q] is in shards -> save", "attach first")
-        for line, words in zip(told, expected, strict=True):
+        for line, words in zip(told, ("0 is in shards -> save", "attach first"), strict=True):
             assert words in line
 
 
