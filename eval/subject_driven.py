@@ -64,7 +64,8 @@ def main(argv: list[str]) -> None:
         options = replace(options, checkpoint=None)
     first = score(options, accelerator, points)
     if points and accelerator.is_main_process:
-        picture = over_steps.write(place / "eval", [*points, (inputs.last_step(options.run, points), first)])
+        points.append((inputs.last_step(options.run, points), first))
+        picture = over_steps.write(place / "eval", sorted(points, key=lambda point: point[0]))
         best, dino = first["biased_best"], first["biased_best"]["metrics"]["dino"]
         print(f"over steps {picture}")
         print(f"The highest DINO, {dino:.4f}, is step {best['step']}'s: chosen by what is reported, so biased.")

@@ -178,29 +178,32 @@ def test_a_checkpoint_takes_the_adapter_s_place(score, folder, model):
         score("--adapter", "none", "--checkpoint", "latest", "--output_dir", "x")
 
 
+@pytest.mark.parametrize("kept", [9, 6])  # the run's own step, or --keep best's
 @pytest.mark.parametrize("place", [None, "elsewhere"])
-def test_all_checkpoints_make_a_curve_and_the_best_step_is_told_as_biased(score, folder, model, capsys, place):
+def test_all_checkpoints_make_a_curve_and_the_best_step_is_told_as_biased(score, folder, model, capsys, place, kept):
     handle = vislora.load({"unet": UNet2DConditionModel.from_pretrained(model / "unet")}, folder)
-    for step, strength in ((3, 0.0), (6, 0.5)):
+    for step, strength in ((3, 0.0), (15 - kept, 0.5)):
         tensors = {name: strength * tensor for name, tensor in handle.named_tensors()}
         checkpoint.save(folder / "checkpoints", step, {"adapter": tensors}, {}, None)
-    RunFolder(folder).write_metrics({"steps": 9})
-    checkpoint.save(folder / "checkpoints", 9, {"adapter": dict(handle.named_tensors())}, {}, None)  # the final one
+    RunFolder(folder).write_metrics({"steps": 9, **({"kept_step": kept} if kept < 9 else {})})
+    checkpoint.save(folder / "checkpoints", kept, {"adapter": dict(handle.named_tensors())}, {}, None)  # the final one
     out = [] if place is None else ["--output_dir", place]
     final = score("--run", str(folder), *out, "--checkpoint", "all")
     root = Path(place or folder) / "eval"
     curve = json.loads((root / "over_steps.json").read_text())
     assert [point["step"] for point in curve] == [3, 6, 9] and curve[0]["metrics"]["drift_denoising"] == 0
-    assert curve[-1]["metrics"] == final["metrics"] and curve[0]["metrics"] != curve[1]["metrics"]
+    at = {point["step"]: point["metrics"] for point in curve}
+    assert at[kept] == final["metrics"] != at[15 - kept] != at[3]
     best = max(curve, key=lambda point: point["metrics"]["dino"])
     assert final["biased_best"]["step"] == best["step"] and final["biased_best"]["metrics"] == best["metrics"]
     assert f"is step {best['step']}'s" in capsys.readouterr().out
-    one = Path(place, "checkpoint-6", "eval") if place else root / "checkpoint-6"
-    assert json.loads((one / "subject_driven.json").read_text())["metrics"] == curve[1]["metrics"]
+    name = f"checkpoint-{15 - kept}"
+    one = Path(place, name, "eval") if place else root / name
+    assert json.loads((one / "subject_driven.json").read_text())["metrics"] == at[15 - kept]
     with Image.open(root / "over_steps.png") as picture:
         assert picture.width > 500
     shutil.rmtree(folder / "checkpoints")
-    with pytest.raises(InputError, match="--checkpoint all: .*holds none before the run's end.*--checkpointing_steps"):
+    with pytest.raises(InputError, match="--checkpoint all: .*none beside the final adapter's.*--checkpointing_steps"):
         score("--run", str(folder), "--checkpoint", "all")
 
 

@@ -71,26 +71,27 @@ def setup(options: ScoreOptions) -> Setup:
 
 
 def checkpoints(options: ScoreOptions) -> list[tuple[int, Path]]:
-    """(step, folder) of all that --run has, oldest first, but for one of its last step, which is its final adapter's.
-    InputError where there is none."""
+    """(step, folder) of all that --run has, oldest first, but for the one that is its final adapter: of the last step,
+    or of the step that --keep best kept. InputError where there is none."""
     run = RunFolder(Path(options.run))
     last = _steps(run)
     found = [(step, path) for step, path in checkpoint.listed(run.checkpoints) if step != last]
     if not found:
-        wrong = f"{run.checkpoints} holds none before the run's end"
+        wrong = f"{run.checkpoints} holds none beside the final adapter's"
         raise InputError("--checkpoint all", wrong, "train with --checkpointing_steps N, or leave it out")
     return found
 
 
 def last_step(run: str, before: Sequence[tuple[int, Any]]) -> int:
-    """The step of a run's final adapter: as its metrics.json says, or after all of `before` where that is missing."""
+    """The step of a run's final adapter, as its metrics.json says; after all of `before` where that is missing."""
     return _steps(RunFolder(Path(run))) or before[-1][0] + 1
 
 
 def _steps(run: RunFolder) -> int | None:
     try:
-        return int(json.loads(run.metrics_file.read_text(encoding="utf-8"))["steps"])
-    except (OSError, ValueError, KeyError, TypeError):
+        told = json.loads(run.metrics_file.read_text(encoding="utf-8"))
+        return int(told.get("kept_step", told["steps"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
