@@ -40,7 +40,7 @@ def save_timm(folder: Path, classes: int = 4) -> Path:
 
 def save_conv(folder: Path, classes: int = 4) -> Path:
     """A ConvNeXt, as timm's local-dir: reads it."""
-    shape = {"depths": (2, 1, 1, 1), "dims": (8, 8, 16, 16), "kernel_sizes": 3, "patch_size": 2}
+    shape = {"depths": (2, 1, 1, 1), "dims": (8, 8, 16, 16), "kernel_sizes": 3, "patch_size": 1}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = timm.create_model("convnext_atto", num_classes=classes, **shape)

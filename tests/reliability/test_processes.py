@@ -221,6 +221,20 @@ def test_two_processes_with_half_of_a_denoiser_each_make_the_steps_of_one(server
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["classification", "dreambooth"])
+def test_a_signal_to_one_process_of_a_model_in_shards_stops_both_after_the_same_step(server, place, name):
+    out = f"{name}-stopped"
+    flags = ("--max_train_steps", "5", "--train_batch_size", "1", "--checkpointing_steps", "5", "--output_dir", out)
+    signal = [["signals_at", {"step": 3, "numbers": [15]}]]
+    pids = start_two(server, place, name, *flags, faults=((), signal), env=SHARDS)
+    assert [server.wait(pid) for pid in pids] == [143, 143], "\n".join(server.log(pid)[-2000:] for pid in pids)
+    (saved,) = (place / out / "checkpoints").iterdir()
+    assert saved.name in ("checkpoint-3", "checkpoint-4")
+    two(server, place, name, *flags, *RESUME, env=SHARDS)
+    assert state(place / out, 5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [
     CHOSEN,
     ("--adapter", "dora", "--train_text_encoder", "--export_rank", "2", "--with_prior_preservation", "--class_prompt",
@@ -242,6 +256,7 @@ def test_half_of_each_kind_of_image_model(server, place, tower, tmp_path):
         (save_conv if tower == "conv" else save_clip)(tmp_path / tower)
     folder = place / tower if tower == "vit" else tmp_path / tower
     more = () if tower in ("open_clip", "conv") else ("--gradient_checkpointing",)
+    more = (*more, "--targets", "fc1", "fc2") if tower == "conv" else more
     source = () if tower == "transformers" else ("--source_dataset_name", "source", "--knn")
     if source and not (place / "source").exists():
         image_folder(place / "source", 4, train=12, test=3)
