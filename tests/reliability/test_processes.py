@@ -16,6 +16,7 @@ from reliability.campaign import Campaign
 from reliability.forks import Server
 from reliability.plays import SCRIPTS, require_equal, stage, state, words
 from script_runs import lines
+from tiny_families import build
 from tiny_vit import hf_vit, image_folder, save_clip, save_conv, timm_vit
 
 from vislora import world
@@ -245,6 +246,13 @@ def test_half_a_denoiser_in_all_that_reads_it(server, place, flags):
     in_shards(server, place, "dreambooth", *flags)
     report = json.loads((place / "dreambooth-shards-two" / "metrics.json").read_text())
     assert (report["diffusers_export_error"] is None) == ("dora" in flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_half_of_a_transformer_that_denoises(server, place, kind, tmp_path):
+    in_shards(server, place, "dreambooth", "--pretrained_model_name_or_path", str(build(kind, tmp_path / kind)), *DRAWN,
+              "--adapter", "nb_lora", "--learning_rate", "0.001", "--gradient_checkpointing")  # fmt: skip
 
 
 @pytest.mark.slow
