@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -145,13 +144,10 @@ class Run:
                 self.adapter.prepare(lambda: self.backward(next(steps))["loss"])
             if self.trains:
                 self.train(start, log, stop)
-            if not self.stopping(stop):
+            if not processes.stopping(self.accelerator, stop):
                 values = self.evaluate(self.total, log) if self.trains else self.values
                 self.finish(values)
-        if self.stopping(stop):
-            again = f"--output_dir {self.folder.path} --resume_from_checkpoint latest"
-            print(f"vislora: stopped by a signal; to go on, add {again}", file=sys.stderr)
-            raise SystemExit(stop.status)
+        processes.leave(self.accelerator, stop, self.folder)
 
     def train(self, start: int, log: telemetry.Log, stop: InterruptFlag) -> None:
         """Optimizer steps start + 1 to the last; each goes by the numbers step and seed alone."""
@@ -190,7 +186,7 @@ class Run:
                     found = probe.cosines(self.adapter, partial(self.backward, done), o.gradient_accumulation_steps)
                     if self.main:
                         log.write(done, *telemetry.alignment(found))
-            stopping = self.stopping(stop)
+            stopping = processes.stopping(self.accelerator, stop)
             if self.reads and (done % o.save_steps == 0 or stopping):
                 self.save(done)
             if o.eval_steps and done % o.eval_steps == 0 and done < self.total:
@@ -230,11 +226,6 @@ class Run:
         if self.sharded:
             processes.average_gradients(self.adapter.parameters(), self.device)
         return {"loss": total} if penalty is None else {"loss": total, "penalty": penalty.detach()}
-
-    def stopping(self, stop: InterruptFlag) -> bool:
-        """Whether a signal came; to any process, where all go on together or not at all."""
-        asked = torch.tensor(float(bool(stop)))
-        return bool(distributed.mean(asked, self.device) > 0 if self.sharded else asked)
 
     def evaluate(self, step: int, log: telemetry.Log) -> dict[str, float]:
         """Loss, samples and answers of held-out data, logged and printed; chance in the run is left as it was."""

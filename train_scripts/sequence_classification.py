@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import sys
 from contextlib import nullcontext
 from functools import partial
 from hashlib import sha256
@@ -160,7 +159,7 @@ class Run:
                 self.optimizer.zero_grad()
             self.best: dict[str, float] = {}
             self.train(start, log, stop)
-            if self.reads and not self.stopping(stop):
+            if self.reads and not processes.stopping(self.accelerator, stop):
                 values = {**self.evaluate(self.total, log), **{f"best_{k}": v for k, v in self.best.items()}}
                 with processes.written(self.folder, self.main) as folder:
                     self.adapter.save(folder.adapter)
@@ -168,10 +167,7 @@ class Run:
                         folder, o, self.adapter.adapter, self.inner, self.tokenizer, AUTO, self.total, values,
                         self.device, self.main,
                     )  # fmt: skip
-        if self.stopping(stop):
-            again = f"--output_dir {self.folder.path} --resume_from_checkpoint latest"
-            print(f"vislora: stopped by a signal; to go on, add {again}", file=sys.stderr)
-            raise SystemExit(stop.status)
+        processes.leave(self.accelerator, stop, self.folder)
 
     def train(self, start: int, log: telemetry.Log, stop: InterruptFlag) -> None:
         """Optimizer steps start + 1 to the last; each goes by the numbers step and seed alone."""
@@ -203,7 +199,7 @@ class Run:
                     self.optimizer.zero_grad()  # the head's, which is no part of the adapter
                     if self.main:
                         log.write(done, *telemetry.alignment(found))
-            stopping = self.stopping(stop)
+            stopping = processes.stopping(self.accelerator, stop)
             if self.reads and (done % o.save_steps == 0 or stopping):
                 self.save(done)
             if self.reads and done % (o.eval_steps or self.an_epoch) == 0 and done < self.total:
@@ -237,11 +233,6 @@ class Run:
         if self.sharded:
             processes.average_gradients(self.adapter.parameters(), self.device)
         return {"loss": total} if penalty is None else {"loss": total, "penalty": penalty.detach()}
-
-    def stopping(self, stop: InterruptFlag) -> bool:
-        """Whether a signal came; to any process, where all go on together or not at all."""
-        asked = torch.tensor(float(bool(stop)))
-        return bool(distributed.mean(asked, self.device) > 0 if self.sharded else asked)
 
     @torch.no_grad()
     def evaluate(self, step: int, log: telemetry.Log) -> dict[str, float]:
