@@ -30,7 +30,7 @@ class Host:
     without: tuple[str, ...] = ()  # variants whose start takes minutes at this size
 
 
-def _noise(*shape: int, seed: int = 0) -> Tensor:
+def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -59,7 +59,7 @@ def unet(size: str) -> Host:
         ).to(memory_format=torch.channels_last)  # fmt: skip
 
     def inputs() -> tuple[Tensor, ...]:
-        return _noise(2, 4, side, side), torch.tensor([3, 700]), _noise(2, 77, text, seed=1)
+        return noise(2, 4, side, side), torch.tensor([3, 700]), noise(2, 77, text, seed=1)
 
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     ranks = (16, 64) if size != TINY else (4,)  # its narrowest layers are 64 wide
@@ -79,7 +79,7 @@ def sd_block(size: str) -> Host:
         return m(x[0], encoder_hidden_states=x[1])
 
     def inputs() -> tuple[Tensor, ...]:
-        return _noise(1, tokens, width), _noise(1, 77, text, seed=1)
+        return noise(1, tokens, width), noise(1, 77, text, seed=1)
 
     ranks = (16, 128) if size != TINY else (4,)
     return Host("sd_block", build, inputs, call, ["to_q", "to_k", "to_v", "to_out.0"], _join_diffusers, ranks)
@@ -93,7 +93,7 @@ def linear(size: str) -> Host:
         return nn.ModuleDict({"layer": nn.Linear(width, width)})
 
     ranks = (16, 128) if size != TINY else (4,)
-    inputs, call = lambda: (_noise(tokens, width),), lambda m, x: m["layer"](x[0])
+    inputs, call = lambda: (noise(tokens, width),), lambda m, x: m["layer"](x[0])
     return Host("linear", build, inputs, call, ["layer"], ranks=ranks)
 
 
@@ -108,7 +108,7 @@ def vit(size: str) -> Host:
 
     ranks = (16, 128) if size != TINY else (4,)
     targets = ["attn.qkv", "attn.proj"]
-    return Host("vit", build, lambda: (_noise(batch, 3, side, side),), lambda m, x: m(*x), targets, ranks=ranks)
+    return Host("vit", build, lambda: (noise(batch, 3, side, side),), lambda m, x: m(*x), targets, ranks=ranks)
 
 
 def _llama(name: str, hidden: int, wide: int, layers: int, heads: int, groups: int, tokens: int, ranks,
@@ -122,7 +122,7 @@ def _llama(name: str, hidden: int, wide: int, layers: int, heads: int, groups: i
     def call(m: nn.Module, x: tuple[Tensor, ...]) -> Tensor:
         return m(inputs_embeds=x[0]).last_hidden_state
 
-    return Host(name, lambda: LlamaModel(config), lambda: (_noise(1, tokens, hidden),), call, targets, ranks=ranks,
+    return Host(name, lambda: LlamaModel(config), lambda: (noise(1, tokens, hidden),), call, targets, ranks=ranks,
                 without=without)  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def sd15(size: str) -> Host:
         return model.to(memory_format=torch.channels_last)
 
     def inputs() -> tuple[Tensor, ...]:
-        return _noise(batch, 4, side, side), torch.arange(batch) * 200 + 3, _noise(batch, 77, text, seed=1)
+        return noise(batch, 4, side, side), torch.arange(batch) * 200 + 3, noise(batch, 77, text, seed=1)
 
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     ranks = (16, 128) if size != TINY else (4,)
@@ -169,7 +169,7 @@ def vit_b(size: str) -> Host:
 
     ranks = (16, 128) if size != TINY else (4,)
     targets = ["attn.qkv", "attn.proj"]
-    return Host("vit_b", build, lambda: (_noise(batch, 3, side, side),), lambda m, x: m(*x), targets, ranks=ranks)
+    return Host("vit_b", build, lambda: (noise(batch, 3, side, side),), lambda m, x: m(*x), targets, ranks=ranks)
 
 
 def llama_1b(size: str) -> Host:

@@ -31,6 +31,7 @@ from vislora.errors import InputError, run_script
 from vislora.language import models, results
 from vislora.language.batches import Plan, collate
 from vislora.language.data import Data
+from vislora.language.estimate import of_causal_lm
 from vislora.language.evaluation import Evaluation
 from vislora.language.loss import share, token_losses
 from vislora.language.options import FREE_ON_RESUME, CausalLMOptions
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> None:
     adapter = vislora.attach(model, method, targets=options.target_words(), seed=options.seed)
     results.check_exportable(adapter, options)
     if options.dry_run:
-        print(describe(adapter, data.line))
+        print(describe(adapter, data.line, of_causal_lm(options, adapter, model, tokenizer, data, accelerator)))
         return
     main_process = accelerator.is_main_process
     folder = RunFolder.create(options.output_dir, options.resume_from_checkpoint) if main_process else None

@@ -36,6 +36,7 @@ from vislora.training.random import first_position, generator
 from vislora.training.resume import require_same_run
 from vislora.training.run import InterruptFlag, RunFolder
 from vislora.vision import augment, forgetting, heads, metrics, models, results, task
+from vislora.vision.estimate import estimate
 from vislora.vision.evaluate import Evaluator, SourceTask, preprocess_words
 from vislora.vision.options import FREE_ON_RESUME, ClassificationOptions
 from vislora.vision.state import Tuned
@@ -62,7 +63,8 @@ def main(argv: list[str]) -> None:
     if options.export_rank is not None:
         adapter.check_exportable(options.export_rank)
     if options.dry_run:
-        print(describe(adapter, f"{len(sets.train)} training images of {len(sets.train.classes)} classes"))
+        line = f"{len(sets.train)} training images of {len(sets.train.classes)} classes"
+        print(describe(adapter, line, estimate(options, adapter, model, accelerator)))
         return
     with processes.run_folder(accelerator, *where) as folder:
         Run(options, adapter, accelerator, model, sets, folder).go()

@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
     adapter = attach(options, method, diffusion)
     if options.dry_run:
         data = f"{len(photos)} photos, first caption: {photos.captions[0]!r}"
-        print(describe(adapter, data, str(estimate(options, adapter, diffusion, photos, accelerator))))
+        print(describe(adapter, data, estimate(options, adapter, diffusion, photos, accelerator)))
         return
     with processes.run_folder(accelerator, *where) as folder:
         if next(adapter.parameters(), None) is None:

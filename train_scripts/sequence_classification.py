@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, get_scheduler
 
@@ -31,7 +30,16 @@ from vislora.baselines import BASELINES
 from vislora.errors import InputError, run_script
 from vislora.language import models, results
 from vislora.language.batches import Plan
-from vislora.language.classification import ClassificationOptions, Labelled, WithHead, collate, encoder_targets
+from vislora.language.classification import (
+    ClassificationOptions,
+    Labelled,
+    WithHead,
+    collate,
+    encoder_targets,
+    losses,
+    optimizer_of,
+)  # fmt: skip
+from vislora.language.estimate import of_classifier
 from vislora.language.metrics import METRICS
 from vislora.language.options import FREE_ON_RESUME
 from vislora.training import checkpoint, processes, telemetry
@@ -82,7 +90,9 @@ def main(argv: list[str]) -> None:
     adapter = vislora.attach(model, method, targets=targets, seed=options.seed)
     results.check_exportable(adapter, options)
     if options.dry_run:
-        print(describe(adapter, f"{len(data.train)} examples, {len(data.held)} held out, {data.cut} were cut"))
+        line = f"{len(data.train)} examples, {len(data.held)} held out, {data.cut} were cut"
+        memory = of_classifier(options, WithHead(adapter, model), model, tokenizer, data, accelerator)
+        print(describe(adapter, line, memory))
         return
     main_process = accelerator.is_main_process
     folder = RunFolder.create(options.output_dir, options.resume_from_checkpoint) if main_process else None
@@ -126,26 +136,14 @@ class Run:
             models.checkpointing(model)
         if options.compile:
             use_compiler(model)
-        handle = adapter.adapter
-        groups = list(adapter.head.values())
-        if next(handle.parameters(), None) is None:  # the linear probe
-            optimizer = torch.optim.AdamW(
-                groups, lr=options.head_learning_rate or options.learning_rate, weight_decay=options.adam_weight_decay,
-                betas=(options.adam_beta1, options.adam_beta2), eps=options.adam_epsilon,
-                fused=accelerator.scaler is None,
-            )  # fmt: skip
-        else:
-            optimizer = optim.from_options(options, handle, fused=accelerator.scaler is None)
-            if groups:
-                rate = options.head_learning_rate or options.learning_rate
-                optimizer.add_param_group({"params": groups, "lr": rate, "name": "head"})
+        optimizer = optimizer_of(options, adapter, fused=accelerator.scaler is None)
         self.scheduler = get_scheduler(
             options.lr_scheduler_type, optimizer, num_warmup_steps=options.warmup(self.total),
             num_training_steps=self.total,
         )  # fmt: skip
         self.model, self.optimizer = processes.prepare(accelerator, model, optimizer, adapter.parameters())
-        if next(handle.parameters(), None) is not None:
-            handle.bind(self.optimizer, self.total, first_rate(self.scheduler, self.total))
+        if next(adapter.adapter.parameters(), None) is not None:
+            adapter.adapter.bind(self.optimizer, self.total, first_rate(self.scheduler, self.total))
 
     def go(self) -> None:
         """Train, from the start or a checkpoint, and leave the run's results in its folder."""
@@ -226,8 +224,7 @@ class Run:
             last = micro == self.micros - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 logits = self.model(**batch).logits.float()
-                one = F.cross_entropy(logits, labels.long()) if self.data.classes else F.mse_loss(logits[:, 0], labels)
-                one = one / self.micros
+                one = losses(logits, labels, self.data.classes) / self.micros
                 total = total + one.detach()
                 self.accelerator.backward(one if penalty is None or not last else one + penalty)
         if self.sharded:

@@ -105,3 +105,44 @@ def test_variants_share_large_weights_and_train_their_own(speed):
     assert lora.model["layer"].weight.data_ptr() == base["layer"].weight.data_ptr()
     assert lora.model["layer"].bias.data_ptr() != base["layer"].bias.data_ptr()
     assert torch.equal(held, base["layer"].weight)
+
+
+def test_scaling_rows_grow_with_what_grows(speed, tmp_path, capsys):
+    import speed_scaling
+
+    files = ["--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "plot.png")]
+    small = ["--width", "32", "--pairs", "2", "--variants", "lora"]
+    speed_scaling.main(["layers", "--values", "2", "8", *small, *files])
+    rows = {(r["variant"], r["value"]): r for r in json.loads((tmp_path / "rows.json").read_text())}
+    assert rows["frozen", 8]["saved MiB"] == 0 and rows["frozen", 8]["over frozen"] == [1.0, 1.0, 1.0]
+    assert rows["lora", 8]["saved MiB"] == 4 * rows["lora", 2]["saved MiB"] > 0  # every layer's input
+    assert rows["lora", 8]["ms"] > 1.5 * rows["lora", 2]["ms"]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "step / frozen, by layers" in capsys.readouterr().out
+    with pytest.raises(speed.InputError, match="--values.*take numbers from 1 on"):
+        speed_scaling.main(["rank", "--values", "0"])
+
+
+def test_scaling_over_two_processes(speed, tmp_path):
+    import speed_scaling
+
+    words = ["--values", "1", "2", "--width", "16", "--pairs", "1", "--variants", "lora"]
+    speed_scaling.main(["processes", *words, "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(r["value"], r["variant"]) for r in rows] == [(1, "lora"), (2, "lora")]
+    assert rows[0]["over the first"] == 1 and all(r["ms"] > 0 for r in rows)
+    assert rows[1]["sent MiB"] == 32 * 16 * (16 + 16) * 4 / 2**20  # 32 layers at rank 16
+
+
+def test_compiled_steps_are_compared(speed, monkeypatch, tmp_path, capsys):
+    from functools import partialmethod
+
+    import speed_scaling
+
+    eager = partialmethod(torch.nn.Module.compile, backend="eager")  # no kernels: the compiler takes minutes
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    speed_scaling.main(["compile", "--pairs", "1", "--variants", "lora", "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [r["variant"] for r in rows] == ["frozen", "lora"]
+    assert all(r["first step s"] > r["plain ms"] / 1000 > 0 and r["compiled / plain"][0] > 0 for r in rows)
+    assert "compiled / plain" in capsys.readouterr().out

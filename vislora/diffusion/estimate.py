@@ -17,40 +17,7 @@ from vislora.diffusion.models import DiffusionModels
 from vislora.diffusion.noise import Noised
 from vislora.diffusion.options import DreamBoothOptions
 from vislora.handle import Handle
-from vislora.training.memory import held_by, optimizer_state, peak_of
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Bytes of tensors on the device: `models` with what trains, kept all along; `optimizer`'s state and an average;
-    and what each phase needs on top of `models`, the step's on top of the optimizer too. `copy`: of `models`, the
-    base's own values, which full fine-tuning keeps beside those that it trains."""
-
-    models: int
-    optimizer: int
-    phases: dict[str, int]
-    copy: int = 0
-
-    def __str__(self) -> str:
-        parts = {name: self.models + more + (self.optimizer if name == _STEP else 0)
-                 for name, more in self.phases.items()}  # fmt: skip
-        worst = max(parts, key=parts.get)
-        phases = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items())
-        copy = f" ({_mib(self.copy)} of the base's values)" if self.copy else ""
-        return (f"memory: {_mib(parts[worst])} at its peak, while {worst}: {_mib(self.models)} of models and adapter"
-                f"{copy}, {_mib(self.optimizer)} of optimizer state, the rest activations and gradients ({phases}); "
-                "Python, libraries and the kernels' own workspaces come on top")  # fmt: skip
-
-    @property
-    def peak(self) -> int:
-        return self.models + max(more + (self.optimizer if n == _STEP else 0) for n, more in self.phases.items())
-
-
-_STEP = "training"
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
+from vislora.training.memory import STEP, Estimate, held_by, optimizer_state, peak_of, peak_of_step
 
 
 class _Stand:
@@ -102,15 +69,14 @@ def estimate(
     of_class = (photos.classes[0] or longest) if o.with_prior_preservation else None
     stands = [_Stand(models, side, longest, of_class)] * (2 if o.class_images() else 1)
 
-    def step() -> None:
+    def loss() -> Tensor:
         texts = [longest, *([of_class] if of_class else [])]
         cache = EmbeddingCache(models, texts)
         own = Denoising(o, models, adapter, stands[0], stands[1] if len(stands) > 1 else None, cache, network, encoders)
         own.process = _NoNoise()
         for module in (network, *encoders.values()):
             module.train()
-        loss = own.losses(0)["total"] + (adapter.penalty() if adapter.method.has_penalty() else 0)
-        torch.autograd.grad(loss, parameters, allow_unused=True)
+        return own.losses(0)["total"] + (adapter.penalty() if adapter.method.has_penalty() else 0)
 
     def encode() -> None:
         pixels = torch.empty(o.sample_batch_size, 3, side, side)
@@ -122,7 +88,7 @@ def estimate(
 
     phases = {"encoding photos": peak_of(encode)}
     if parameters:
-        phases[_STEP] = peak_of(step) + (size if o.gradient_accumulation_steps > 1 else 0)
+        phases[STEP] = peak_of_step(loss, parameters, o.gradient_accumulation_steps)
     if o.validation_prompt or o.class_images():
         phases["drawing images"] = peak_of(draw)
     for module in (network, *encoders.values()):

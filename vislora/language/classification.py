@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from vislora import optim
 from vislora.errors import InputError, near
 from vislora.handle import Handle
 from vislora.language.models import heads
@@ -247,6 +249,27 @@ class WithHead:
             file = folder / "head.safetensors"
             save_file({n.removeprefix("head."): t.detach().cpu().contiguous() for n, t in self.head.items()}, file)
         return folder
+
+
+def optimizer_of(options: ClassificationOptions, adapter: WithHead, fused: bool) -> torch.optim.Optimizer:
+    """The optimizer of adapter and head, a group "head" at its own rate; of the head alone where all else is fixed."""
+    o, head = options, list(adapter.head.values())
+    rate = o.head_learning_rate or o.learning_rate
+    if next(adapter.adapter.parameters(), None) is None:  # the linear probe
+        return torch.optim.AdamW(head, lr=rate, weight_decay=o.adam_weight_decay, betas=(o.adam_beta1, o.adam_beta2),
+                                 eps=o.adam_epsilon, fused=fused)  # fmt: skip
+    optimizer = optim.from_options(o, adapter.adapter, fused=fused)
+    if head:
+        optimizer.add_param_group({"params": head, "lr": rate, "name": "head"})
+    return optimizer
+
+
+def losses(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> Tensor:
+    """The batch's mean loss: cross-entropy over classes, the squared error of the one output where there are none.
+
+    logits (b, classes or 1) in float32, labels (b,).
+    """
+    return F.cross_entropy(logits, labels.long()) if classes else F.mse_loss(logits[:, 0], labels)
 
 
 @torch.no_grad()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from vislora.handle import Handle
+from vislora.training.memory import Estimate
 
 
-def describe(adapter: Handle, data: str, memory: str | None = None) -> str:
+def describe(adapter: Handle, data: str, memory: Estimate | None = None) -> str:
     """The adapted layers, the parameters that would train, and the memory. `data`: a line on the data.
 
-    memory: the line on it. None: what is certain, 16 bytes a trained parameter for its float32 value, gradient and
-    AdamW's two moments.
+    memory: None, of quantized bases, whose kernels cannot be counted: what is certain, 16 bytes a trained parameter for
+    its float32 value, gradient and AdamW's two moments.
     """
     trained = sum(p.numel() for p in adapter.parameters())
     held = sum(p.numel() * p.element_size() for root in adapter.roots.values() for p in root.parameters())
@@ -22,7 +23,7 @@ def describe(adapter: Handle, data: str, memory: str | None = None) -> str:
         adapter.summary(),
         data,
         f"{adapter.method_name} {adapter.method.options()}: {len(adapter.sites)} layers, {trained:,} parameters",
-        memory or certain,
+        certain if memory is None else str(memory),
         "dry run: nothing was trained or written",
     ]
     return "\n".join(lines)

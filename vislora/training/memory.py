@@ -9,12 +9,48 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+STEP = "training"  # the phase of a run's steps, the one that has the optimizer's state beside it
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of tensors on the device: `models` with what trains, kept all along; `optimizer`'s state and an average;
+    and what each phase needs on top of `models`, the step's on top of the optimizer too. `copy`: of `models`, the
+    base's own values, which full fine-tuning keeps beside those that it trains."""
+
+    models: int
+    optimizer: int
+    phases: dict[str, int]
+    copy: int = 0
+
+    def __str__(self) -> str:
+        parts = self._parts()
+        worst = max(parts, key=parts.get)
+        phases = ", ".join(f"{name} {_mib(size)}" for name, size in parts.items())
+        copy = f" ({_mib(self.copy)} of the base's values)" if self.copy else ""
+        return (f"memory: {_mib(parts[worst])} at its peak, while {worst}: {_mib(self.models)} of models and adapter"
+                f"{copy}, {_mib(self.optimizer)} of optimizer state, the rest activations and gradients ({phases}); "
+                "Python, libraries and the kernels' own workspaces come on top")  # fmt: skip
+
+    @property
+    def peak(self) -> int:
+        return max(self._parts().values())
+
+    def _parts(self) -> dict[str, int]:
+        return {name: self.models + more + (self.optimizer if name == STEP else 0)
+                for name, more in self.phases.items()}  # fmt: skip
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 class _Lives(TorchDispatchMode):
@@ -58,6 +94,13 @@ def peak_of(compute: Callable[[], object]) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, _Lives(fake) as lives:
         compute()
         return lives.most
+
+
+def peak_of_step(loss: Callable[[], Tensor], parameters: list[nn.Parameter], micros: int = 1) -> int:
+    """As `peak_of`, of a forward and the backward to `parameters`; of several before an optimizer step (`micros`), the
+    gradients of those before are there as well."""
+    held = sum(p.nbytes for p in parameters) if micros > 1 else 0
+    return held + peak_of(lambda: torch.autograd.grad(loss(), parameters, allow_unused=True))
 
 
 def held_by(models: Iterable[nn.Module]) -> int:
