@@ -5,7 +5,8 @@
     python eval/speed.py --check                                 the goals alone; status 1 past one of them + 0.03
 
 Each is compared with the frozen model, forward and backward to its input; "joined" is that model with its frozen q, k
-and v as one product, where its own library can do that. One CPU thread and its processor time, or a GPU's events.
+and v as one product, where its own library can do that, "joined:lora" LoRA on the joined layers: what one update for
+all three would cost. One CPU thread and its processor time, or a GPU's events.
 """
 
 from __future__ import annotations
@@ -144,7 +145,8 @@ def plan(args) -> list[tuple[str, int, list[str], str]]:
     out = []
     for name in hosts:
         host = HOSTS[name](args.size)
-        own = [v for v in chosen if v != "frozen" and (v != "joined" or host.joined) and v not in host.without]
+        without = ("frozen", *host.without, *(() if host.joined else ("joined", "joined:lora")))
+        own = [v for v in chosen if v not in without]
         ranks = args.ranks or (host.ranks[:1] if args.quick else host.ranks)
         out += [(name, rank, ["frozen", *own], args.dtype) for rank in ranks]
     return out

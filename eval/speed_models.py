@@ -17,7 +17,7 @@ class Host:
 
     targets: name suffixes that vislora and PEFT both take. inputs: made once; the first one gets a gradient.
     call: (model, inputs) to the output. joined: the model with its frozen q, k, v (or k, v) as one product each.
-    ranks: those measured by default.
+    joined_targets: as targets, on that model. ranks: those measured by default.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Host:
     joined: Callable[[nn.Module], nn.Module] | None = None
     ranks: tuple[int, ...] = (16, 128)
     without: tuple[str, ...] = ()  # variants whose start takes minutes at this size
+    joined_targets: tuple[str, ...] = ("to_qkv", "attn2.to_q", "to_kv", "to_out.0")
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -181,7 +182,7 @@ def llama_1b(size: str) -> Host:
 def llama_8b(size: str) -> Host:
     """Llama 3 8B's 32 layers on 2,048 tokens; every linear is adapted."""
     numbers = (4096, 14336, 32, 32, 8, 2048, (16,)) if size != TINY else (16, 24, 1, 2, 1, 6, (4,))
-    return _llama("llama_8b", *numbers, without=("sorsa", "pissa", "olora", "full", "joined"))
+    return _llama("llama_8b", *numbers, without=("sorsa", "pissa", "olora", "full"))
 
 
 SMALL = {f.__name__: f for f in (unet, sd_block, linear, vit, llama, llm_block)}

@@ -3,6 +3,7 @@
     python eval/speed_parts.py cayley     all layers in chunks against one by one, forward and backward
     python eval/speed_parts.py files      loading, swapping and merging against diffusers with PEFT, on the world's UNet
     python eval/speed_parts.py inference  the merged and the unmerged UNet's forward against the base's
+    python eval/speed_parts.py step       where LoRA's part of a step goes: its operations, its time, its optimizer's
 
 Sides take turns in one process, on one thread of a CPU and in its processor time, or by the clock on a GPU.
 """
@@ -24,8 +25,11 @@ import torch
 from cost import show
 from diffusers import StableDiffusionPipeline
 from speed import spread
+from speed_models import HOSTS
+from speed_variants import Variant
 from torch import Tensor, nn
-from turns import in_turns_seconds
+from torch.utils.flop_counter import FlopCounterMode
+from turns import IN_PLACE, in_turns_seconds
 
 import vislora
 from vislora import adapters, world
@@ -126,6 +130,33 @@ def inference(pairs: int) -> list[dict]:
         return [*rows, over_base("merged for good / base"), {"what": "merged and unmerged", "apart, relative": apart}]
 
 
+def step(pairs: int, size: str = "usual") -> list[dict]:
+    """Of LoRA at rank 16, over the frozen model: operations of its products, time without and with the optimizer."""
+    rows = []
+    for name in ("sd15", "vit_b") if DEVICE == "cuda" else ("unet", "vit"):
+        host = HOSTS[name](size)
+        both = {kind: Variant(host, kind, min(16, host.ranks[0]), torch.float32, DEVICE) for kind in ("frozen", "lora")}
+        operations = {}
+        for kind, variant in both.items():
+            variant.step()
+            with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+                variant.backward()
+            operations[kind] = counter.get_total_flops()
+        sides = {"frozen": both["frozen"].step, "lora": both["lora"].step, "without": lambda v=both["lora"]: _plain(v)}
+        seconds = in_turns_seconds(sides, pairs, DEVICE)
+        rows.append({"what": f"{name}, LoRA over frozen", "operations": operations["lora"] / operations["frozen"],
+                     "forward and backward": spread(seconds["without"], seconds["frozen"]),
+                     "with the optimizer": spread(seconds["lora"], seconds["frozen"])})  # fmt: skip
+    return rows
+
+
+def _plain(variant: Variant) -> None:
+    """A step without its optimizer's."""
+    variant.backward()
+    variant.model.zero_grad()
+    variant.inputs[0].grad = None
+
+
 def _row(what: str, ours: Callable, theirs: Callable, pairs: int) -> dict:
     seconds = in_turns_seconds({"ours": ours, "theirs": theirs}, pairs, DEVICE)
     return {"what": what, "diffusers / ours": spread(seconds["theirs"], seconds["ours"]),
@@ -159,7 +190,7 @@ def _pipelines() -> Iterator[tuple[StableDiffusionPipeline, StableDiffusionPipel
             log.setLevel(level)
 
 
-PARTS = {"cayley": cayley_map, "files": files, "inference": inference}
+PARTS = {"cayley": cayley_map, "files": files, "inference": inference, "step": step}
 SIZES = [(320, 16, 128), (768, 16, 128), (768, 64, 128), (768, 128, 32)]
 
 

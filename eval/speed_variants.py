@@ -28,7 +28,7 @@ _STEPS = 100_000  # of the schedules: AdaLoRA's and OD-LoRA's events are not wha
 
 def names() -> list[str]:
     """Every variant's name."""
-    return ["frozen", "joined", "norms", *(f"peft:{name}" for name in PEFT), *vislora.methods(), "full"]
+    return ["frozen", "joined", "joined:lora", "norms", *(f"peft:{name}" for name in PEFT), *vislora.methods(), "full"]
 
 
 class Variant:
@@ -50,22 +50,24 @@ class Variant:
             trained = [p.requires_grad_(True) for m in norms for p in m.parameters()]
         elif name.startswith("peft:"):
             trained = _peft(self.model, name.removeprefix("peft:"), rank, host.targets)
-        elif name == "joined":
+        elif name.startswith("joined"):
             self.model = host.joined(self.model) if host.joined else self.model
+            if name == "joined:lora":
+                trained = list(self._attach("lora", rank, list(host.joined_targets)).parameters())
         elif name != "frozen":
             adapter = self._attach(name, rank)
             trained = list(adapter.parameters())
         if trained and self.optimizer is None:
             self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
 
-    def _attach(self, name: str, rank: int) -> vislora.Adapter:
+    def _attach(self, name: str, rank: int, targets: list[str] | None = None) -> vislora.Adapter:
         kind = adapters.get(name)
         options = {"rank": rank, **QUICK.get(name, {})}
         if name == "nb_lora":
             options |= {"p": 1, "delta": float(rank)}
         if name == "pissa":
             options |= {"niter": 1}  # a rough start costs the same steps
-        adapter = vislora.attach(self.model, kind(**options), targets=self.host.targets)
+        adapter = vislora.attach(self.model, kind(**options), targets=targets or self.host.targets)
         self.optimizer = torch.optim.AdamW(adapter.param_groups(1e-4), weight_decay=0.0, fused=True)
         adapter.bind(self.optimizer, _STEPS, first_lr=1e-4)
         adapter.prepare(self.backward)

@@ -55,6 +55,8 @@ def test_models_build_and_join(speed):
             joined = speed.Variant(host, "joined", 4, torch.float32, "cpu")
             assert joined.forward().item() == pytest.approx(frozen.forward().item(), rel=1e-5)
             assert speed.counts(joined)["ops"] < speed.counts(frozen)["ops"]
+            adapted, apart = (speed.Variant(host, name, 4, torch.float32, "cpu") for name in ("joined:lora", "lora"))
+            assert speed.counts(adapted)["ops"] < speed.counts(apart)["ops"]
 
 
 def test_a_missed_goal_fails(speed, capsys):
@@ -92,6 +94,9 @@ def test_parts_are_measured(speed, monkeypatch):
     assert [row["what"] for row in speed_parts.files(1)] == ["load and take away", "swap", "merge and unmerge"]
     *ratios, apart = speed_parts.inference(1)
     assert len(ratios) == 3 and 0 < apart["apart, relative"] < 1e-5
+    unet, vit = speed_parts.step(1, "tiny")
+    assert 1 < unet["operations"] < 2 and 1 < vit["operations"] < 2
+    assert unet["with the optimizer"][0] > 1 < unet["forward and backward"][0]
 
 
 def test_variants_share_large_weights_and_train_their_own(speed):
