@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from turns import IN_PLACE, in_turns_seconds
 
 import vislora
-from vislora import adapters, world
+from vislora import adapters, linalg, world
 from vislora.errors import InputError, run_script
 from vislora.update import Update
 
@@ -41,7 +41,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def cayley_map(pairs: int, sizes: list[tuple[int, int, int]] | None = None) -> list[dict]:
     """All updates of L layers of width d at rank r and their gradients, over the same layer by layer: by the formula's
-    own derivative, and by autograd's."""
+    own derivative, and by autograd's. And the map alone, of factors stacked already, under autograd's one by one.
+    """
     rows = []
     for width, rank, layers in sizes or SIZES:
         model = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers)).to(DEVICE)
@@ -54,12 +55,26 @@ def cayley_map(pairs: int, sizes: list[tuple[int, int, int]] | None = None) -> l
         for how in ("custom", "autodiff"):
             method = kind(**words, backward=how)
             sides[how] = lambda method=method, tensors=tensors: _backward([method.factors(t) for t in tensors])
+        single = [(t.A.detach().requires_grad_(), t.B.detach().requires_grad_()) for t in tensors]
+        stacks = [tuple(torch.stack([single[i][j] for i in group]).detach().requires_grad_() for j in (0, 1))
+                  for group in part.groups()]  # fmt: skip
+        sides["map, one by one"] = lambda single=single: _map(single, "autodiff")
+        sides["map, stacked"] = lambda stacks=stacks: _map(stacks, "custom")
         seconds = in_turns_seconds(sides, pairs, DEVICE)
-        rows.append({"what": f"d {width}, r {rank}, {layers} layers"}
-                    | {f"{how}, one by one / together": spread(seconds[how], seconds["together"])
-                       for how in ("custom", "autodiff")})  # fmt: skip
+        ratios = {f"{how}, one by one / together": spread(seconds[how], seconds["together"])
+                  for how in ("custom", "autodiff")}  # fmt: skip
+        alone = spread(seconds["map, one by one"], seconds["map, stacked"])
+        ratios["the map alone, autodiff one by one / stacked"] = alone
+        rows.append({"what": f"d {width}, r {rank}, {layers} layers"} | ratios)
         adapter.detach()
     return rows
+
+
+def _map(pairs: list[tuple[Tensor, Tensor]], how: str) -> None:
+    """The Cayley map of each and its derivative towards both, for gradients as dense as a loss gives."""
+    for down, up in pairs:
+        made = linalg.cayley(down, up, how)
+        torch.autograd.grad(made, (down, up), made)
 
 
 def _backward(updates: list[Update]) -> None:

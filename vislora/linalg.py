@@ -23,28 +23,44 @@ def precise(x: Tensor) -> Tensor:
 
 
 class _Cayley(torch.autograd.Function):
-    """(K, Y) -> (G, H) of `cayley`, saving the r x r inverse and Y alone.
+    """(down, up) -> (A, B) of `cayley`, saving one r x r inverse beside what came in.
 
     The backward is derived here from V = (I + K + Y Yᵀ)⁻¹, G = 2V - I, H = -2 V Y. It agrees with NB-LoRA's
-    equation (25) once that equation's sign error is mended: the ½HM term of its gradient for Y is added.
+    equation (25) once that equation's sign error is mended: the ½HM term of its gradient for Y is added. Y and H stay
+    in the two parts that come in and go out; scales are on r x r matrices, so wide ones are passed over once.
     """
 
     @staticmethod
-    def forward(ctx, K: Tensor, Y: Tensor):  # K (..., r, r) skew; Y (..., r, k)
-        eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    def forward(ctx, down: Tensor, up: Tensor):
+        r = down.shape[-2]
+        square, rest = down[..., :r], down[..., r:]
+        eye = torch.eye(r, dtype=down.dtype, device=down.device)
         # inv_ex does not wait for the device. No check is needed: the symmetric part of I + K + Y Yᵀ is at
         # least I, so the inverse exists and its norm is at most 1.
-        V = torch.linalg.inv_ex(eye + K + Y @ Y.mT).inverse
-        ctx.save_for_backward(V, Y)
-        return 2 * V - eye, -2 * (V @ Y)
+        N = _plus(_plus(eye + square - square.mT, rest, rest.mT), up, up.mT)
+        V = torch.linalg.inv_ex(N).inverse
+        ctx.save_for_backward(V, down, up)
+        twice = -2 * V
+        return torch.cat([-eye - twice, twice @ rest], dim=-1), twice @ up
 
     @staticmethod
-    def backward(ctx, dG: Tensor, dH: Tensor):
-        V, Y = ctx.saved_tensors
-        dV = 2 * (dG - dH @ Y.mT)
-        dN = -(V.mT @ dV @ V.mT)
-        dY = (dN + dN.mT) @ Y - 2 * (V.mT @ dH)
-        return dN, dY
+    def backward(ctx, dA: Tensor, dB: Tensor):
+        V, down, up = ctx.saved_tensors
+        r = down.shape[-2]
+        rest, dG, dH = down[..., r:], dA[..., :r], dA[..., r:]
+        dV = dG - dH @ rest.mT - dB @ up.mT  # half of it
+        twice = -2 * V.mT
+        dN = twice @ dV @ V.mT
+        both = dN + dN.mT
+        to_rest = _plus(twice @ dH, both, rest)
+        return torch.cat([dN - dN.mT, to_rest], dim=-1), _plus(twice @ dB, both, up)
+
+
+def _plus(into: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """into + a b, in one pass for one matrix or a batch of them."""
+    if into.dim() == 3:
+        return torch.baddbmm(into, a, b)
+    return torch.addmm(into, a, b) if into.dim() == 2 else into + a @ b
 
 
 def cayley(down: Tensor, up: Tensor, backward: str = "custom") -> tuple[Tensor, Tensor]:
@@ -60,14 +76,13 @@ def cayley(down: Tensor, up: Tensor, backward: str = "custom") -> tuple[Tensor, 
     r, n = down.shape[-2:]
     with without_autocast(down.device):
         down, up = precise(down), precise(up)
+        if backward == "custom":
+            return _Cayley.apply(down, up)
         K = down[..., :r] - down[..., :r].mT
         Y = torch.cat([down[..., r:], up], dim=-1)
-        if backward == "custom":
-            G, H = _Cayley.apply(K, Y)
-        else:
-            eye = torch.eye(r, dtype=K.dtype, device=K.device)
-            V = torch.linalg.inv(eye + K + Y @ Y.mT)
-            G, H = 2 * V - eye, -2 * (V @ Y)
+        eye = torch.eye(r, dtype=K.dtype, device=K.device)
+        V = torch.linalg.inv(eye + K + Y @ Y.mT)
+        G, H = 2 * V - eye, -2 * (V @ Y)
         return torch.cat([G, H[..., : n - r]], dim=-1), H[..., n - r :]
 
 

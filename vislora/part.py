@@ -21,7 +21,8 @@ from .tap import tap_of
 from .update import Update
 
 # A stack of layers that outgrows the CPU's cache is slower than its layers one by one; about this many numbers fit.
-_CPU_STACK = 400_000
+# A stack of two or three saves less than stacking them costs.
+_CPU_STACK, _CPU_FEWEST = 400_000, 4
 
 
 class Tensors:
@@ -142,6 +143,11 @@ class Part(nn.Module):
         """The update with what it must know of its site's weight."""
         return update if update.magnitude is None else update.with_row_scale(site.weight())
 
+    def groups(self) -> list[list[int]]:
+        """Indices of sites whose updates are made together."""
+        common = self.common.all()
+        return list(self._groups([self._seen(site, common) for site in self.sites]))
+
     def _groups(self, each: list[Tensors]) -> Iterator[list[int]]:
         """Indices of sites that `factors` takes together: of equal shapes, few enough for the CPU's cache."""
         if not self.method.batched:
@@ -152,7 +158,10 @@ class Part(nn.Module):
             groups.setdefault(tuple((k, v.shape, v.dtype, v.device) for k, v in vars(t).items()), []).append(i)
         for key, members in groups.items():
             size = sum(shape.numel() for _, shape, _, _ in key)
-            limit = len(members) if key[0][3].type != "cpu" else max(1, _CPU_STACK // max(1, size))
+            limit = len(members)
+            if key[0][3].type == "cpu":
+                limit = _CPU_STACK // max(1, size)
+                limit = limit if limit >= _CPU_FEWEST else 1
             yield from (members[at : at + limit] for at in range(0, len(members), limit))
 
     def refresh(self, call_scale: float = 1.0) -> None:

@@ -134,10 +134,14 @@ def test_the_papers_printed_sign_fails(monkeypatch):
     """Equation 25 as printed takes the half H M term off; the check above must notice that."""
     right = _Cayley.backward
 
-    def printed(ctx, dG, dH):
-        V, Y = ctx.saved_tensors
-        dK, dY = right(ctx, dG, dH)
-        return dK, dY - 2 * (dK + dK.mT) @ Y
+    def printed(ctx, dA, dB):
+        V, down, up = ctx.saved_tensors
+        to_down, to_up = right(ctx, dA, dB)
+        r, n = down.shape
+        Y, dH = torch.cat([down[:, r:], up], 1), torch.cat([dA[:, r:], dB], 1)
+        dN = -2 * V.mT @ (dA[:, :r] - dH @ Y.mT) @ V.mT
+        off = 2 * (dN + dN.mT) @ Y
+        return torch.cat([to_down[:, :r], to_down[:, r:] - off[:, : n - r]], 1), to_up - off[:, n - r :]
 
     monkeypatch.setattr(_Cayley, "backward", staticmethod(printed))
     A, B = _free(6, 5, 3, dtype=torch.float64)

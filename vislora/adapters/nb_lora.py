@@ -88,7 +88,7 @@ class NBLoRA(Method):
 
     def factors(self, t: SimpleNamespace) -> Update:
         A, B = linalg.cayley(t.A, t.B, self.backward)  # (..., r, n), (..., r, m)
-        return Update(up=2 * B.mT * self.singular_bounds(t)[..., None, :], down=A)
+        return Update(up=B.mT * (2 * self.singular_bounds(t)[..., None, :]), down=A)
 
     def bound(self, t: SimpleNamespace) -> Bound | None:
         return Bound(p=self.p, delta=t.delta) if self.bounded else None
