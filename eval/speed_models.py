@@ -135,7 +135,7 @@ def llama(size: str) -> Host:
 
 def llm_block(size: str) -> Host:
     """One layer of Llama 3.2 1B's width: 2,048, 8,192 in the MLP, 32 heads on 8; every linear is adapted."""
-    numbers = (2048, 8192, 1, 32, 8, 128, (16, 128)) if size != TINY else (32, 48, 1, 2, 1, 6, (4,))
+    numbers = (2048, 8192, 1, 32, 8, 512, (16, 128)) if size != TINY else (32, 48, 1, 2, 1, 6, (4,))
     return _llama("llm_block", *numbers)
 
 

@@ -86,12 +86,13 @@ def test_the_adapted_weight_is_made_where_it_is_cheaper(monkeypatch, tokens, ran
 _adapted_weight = tap.adapted_weight
 
 
+@pytest.mark.parametrize("tokens", [10, 40])  # fewer and more than the layers are wide
 @pytest.mark.parametrize("method", ["lora", "pissa", "dora"])
-def test_second_derivatives(method):
+def test_second_derivatives(method, tokens):
     model, adapter, _, _ = adapted(method, rank=8)
     parameters = list(adapter.parameters())
 
-    x = torch.randn(40, 24, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(tokens, 24, dtype=torch.float64, requires_grad=True)
     first = torch.autograd.grad(model(x).square().sum(), [x, *parameters], create_graph=True)
     second = torch.autograd.grad(sum(g.square().sum() for g in first), x)[0]
     step = torch.zeros_like(x)

@@ -125,7 +125,12 @@ class LowRank(torch.autograd.Function):
         to_x, to_shift, grads, at = None, None, [], 0
         if needs_x and weight is not None:
             used = adapted_weight(weight, ctx.terms, factors) if ctx.merged else weight
-            to_x = outputs @ (used if shift is None else torch.addcmul(used, used, shift[:, None]))
+            if shift is None:
+                to_x = outputs @ used
+            elif len(outputs) < used.shape[1]:  # whichever has fewer numbers is scaled
+                to_x = torch.addcmul(outputs, outputs, shift) @ used
+            else:
+                to_x = outputs @ torch.addcmul(used, used, shift[:, None])
         if ctx.needs_input_grad[4]:
             if torch.is_grad_enabled():  # a second derivative must know where the layer's output comes from
                 out = F.linear(x, weight, bias)

@@ -114,7 +114,8 @@ def row_norm(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """
     weight = linalg.precise(weight)
     up, down = up.to(weight), down.to(weight)
-    square = weight.square().sum(-1) + 2 * ((weight @ down.mT) * up).sum(-1)
+    square = torch.linalg.vector_norm(weight, dim=-1).square()  # reads the weight once, and makes nothing of its size
+    square = square + 2 * ((weight @ down.mT) * up).sum(-1)
     square = square + ((up @ (down @ down.mT)) * up).sum(-1)
     # Rounding may leave a zero row slightly negative; a zero row is scaled by magnitude / tiny = 0 / tiny = 0.
     return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
