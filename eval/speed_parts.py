@@ -3,7 +3,7 @@
     python eval/speed_parts.py cayley     all layers in chunks against one by one, forward and backward
     python eval/speed_parts.py files      loading, swapping and merging against diffusers with PEFT, on the world's UNet
     python eval/speed_parts.py inference  the merged and the unmerged UNet's forward against the base's
-    python eval/speed_parts.py step       where LoRA's part of a step goes: its operations, its time, its optimizer's
+    python eval/speed_parts.py step       what of a method's step its operations explain, and what the optimizer takes
 
 Sides take turns in one process, on one thread of a CPU and in its processor time, or by the clock on a GPU.
 """
@@ -146,22 +146,26 @@ def inference(pairs: int) -> list[dict]:
 
 
 def step(pairs: int, size: str = "usual") -> list[dict]:
-    """Of LoRA at rank 16, over the frozen model: operations of its products, time without and with the optimizer."""
+    """Of methods at rank 16, over the frozen model: the operations of their products, and the time of a step without
+    the optimizer and with it."""
     rows = []
     for name in ("sd15", "vit_b") if DEVICE == "cuda" else ("unet", "vit"):
         host = HOSTS[name](size)
-        both = {kind: Variant(host, kind, min(16, host.ranks[0]), torch.float32, DEVICE) for kind in ("frozen", "lora")}
-        operations = {}
-        for kind, variant in both.items():
+        rank = min(16, host.ranks[0])
+        every = {kind: Variant(host, kind, rank, torch.float32, DEVICE) for kind in ("frozen", *STEPS)}
+        operations, sides = {}, {}
+        for kind, variant in every.items():
             variant.step()
             with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
                 variant.backward()
             operations[kind] = counter.get_total_flops()
-        sides = {"frozen": both["frozen"].step, "lora": both["lora"].step, "without": lambda v=both["lora"]: _plain(v)}
+            sides |= {(kind, True): variant.step, (kind, False): lambda variant=variant: _plain(variant)}
         seconds = in_turns_seconds(sides, pairs, DEVICE)
-        rows.append({"what": f"{name}, LoRA over frozen", "operations": operations["lora"] / operations["frozen"],
-                     "forward and backward": spread(seconds["without"], seconds["frozen"]),
-                     "with the optimizer": spread(seconds["lora"], seconds["frozen"])})  # fmt: skip
+        frozen = seconds["frozen", True]
+        for kind in STEPS:
+            rows.append({"what": f"{name}, {kind} over frozen", "operations": operations[kind] / operations["frozen"],
+                         "forward and backward": spread(seconds[kind, False], frozen),
+                         "with the optimizer": spread(seconds[kind, True], frozen)})  # fmt: skip
     return rows
 
 
@@ -206,6 +210,7 @@ def _pipelines() -> Iterator[tuple[StableDiffusionPipeline, StableDiffusionPipel
 
 
 PARTS = {"cayley": cayley_map, "files": files, "inference": inference, "step": step}
+STEPS = ("lora", "nb_lora", "dora", "od_lora", "sorsa")
 SIZES = [(320, 16, 128), (768, 16, 128), (768, 64, 128), (768, 128, 32)]
 
 
@@ -233,7 +238,7 @@ def _lines(row: dict) -> list[str]:
         if isinstance(value, list):
             table.append([name, f"{value[0]:.3f}", f"{value[1]:.3f}-{value[2]:.3f}"])
         elif name != "what":
-            table.append([name, f"{value:.3g}", ""])
+            table.append([name, f"{value:.4g}", ""])
     return show(table).splitlines()
 
 
