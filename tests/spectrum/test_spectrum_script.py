@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -183,3 +185,30 @@ def test_missing_things_end_in_one_line(spectrum, runs, tmp_path):
     refuse("--adapter", str(run / "adapter"), "--gradients", "1", match="says nothing of its data")
     (run / "config.yaml").write_text((run / "config.yaml").read_text())
     refuse("--run", str(run), "--gradients", "1", match="another script than dreambooth.py")
+
+
+@pytest.mark.parametrize("adapter", ["nb_lora", "full"])
+@pytest.mark.parametrize("script", ["classification", "sequence_classification"])
+def test_runs_that_train_a_head_too(spectrum, tmp_path, monkeypatch, script, adapter):
+    """Their checkpoints keep the head beside the adapter; the last one is what the adapter's own folder holds."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(REPOSITORY / "train_scripts"))
+    monkeypatch.delitem(sys.modules, script, raising=False)
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+    every = {"classification": ["--checkpointing_steps", "1", "--eval_steps", "2", "--max_eval_samples", "8",
+                                "--max_source_samples", "8"],
+             "sequence_classification": ["--save_steps", "1", "--lr_scheduler_type", "constant"]}[script]  # fmt: skip
+    small = ["--max_train_steps", "2", "--output_dir", "run", "--report_to", "none", "--learning_rate", "1e-3"]
+    importlib.import_module(script).main(["--adapter", adapter, *small, *every])
+    spectrum.main(["--run", "run", "-o", "out"])
+    layers = lines(Path("out/layers.csv"))
+    moved = {step: [float(row["spectral"]) for row in layers if row["step"] == step] for step in ("0", "1", "2")}
+    assert not any(moved["0"]) and all(moved["1"]) and all(moved["2"]) and moved["1"] != moved["2"]
+    assert not any("head" in row["layer"] or "score" in row["layer"] for row in layers)
+    shutil.rmtree("run/checkpoints")
+    spectrum.main(["--run", "run", "-o", "after"])
+    last = [float(row["spectral"]) for row in lines(Path("after/layers.csv")) if row["step"] == "2"]
+    assert last == pytest.approx(moved["2"], rel=1e-5)

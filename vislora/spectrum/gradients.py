@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import vislora
 
-from .. import adapters, config, io, probe
+from .. import adapters, config, probe
 from ..adapter import Adapter
 from ..diffusion import models, objective
 from ..diffusion.base import facts_of
@@ -17,7 +17,7 @@ from ..diffusion.denoising import Denoising
 from ..diffusion.options import DreamBoothOptions
 from ..errors import InputError
 from ..training.run import RunFolder
-from .source import Point
+from .source import Point, own_tensors
 
 
 class Task:
@@ -48,7 +48,7 @@ class Task:
         """{site: cosine} of the mean gradient over the batches, the adapter as it was after the point's step."""
         if self.adapter is None:
             self.adapter = self._attach()
-        self.adapter.load_tensors(io.read(point.file)[0])
+        self.adapter.load_tensors(own_tensors(point))
         self.models.denoiser.train()
         try:
             return probe.cosines(self.adapter, self._backward, self.batches)

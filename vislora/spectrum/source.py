@@ -7,6 +7,7 @@ A run's checkpoints of our methods, its full fine-tunings included, need no mode
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from .. import io
 from ..adapters import get
@@ -28,7 +30,11 @@ from ..training.checkpoint import MANIFEST, STATE, resolve
 from ..training.run import RunFolder
 from .measures import Change
 
+log = logging.getLogger("vislora")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# The file of a checkpoint that holds an adapter, and what leads its tensors' names there: beside them may be a head's.
+_FILES = {"adapter.safetensors": "", "tuned.safetensors": "adapter."}
+_HEAD = re.compile(r"head\..*\b(weight|bias)")  # no method's tensors are called so
 _MODEL_KEYS = ("pretrained_model_name_or_path", "model_name_or_path", "model")
 
 
@@ -103,7 +109,10 @@ def _checkpoint(path: Path) -> Point:
         resolve(path.parent, str(path))
     except InputError as error:
         raise InputError(str(path), error.wrong, "delete it, or bring it back from a copy") from None
-    digest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]["adapter.safetensors"]["sha256"]
+    held = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+    name = next((name for name in _FILES if name in held), None)
+    if name is None:
+        raise InputError(str(path), f"holds no adapter, but {', '.join(held)}", "analyse the run's adapter folder")
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
     try:
         config, base = state["config"], state["base"]
@@ -113,8 +122,15 @@ def _checkpoint(path: Path) -> Point:
         }  # fmt: skip
     except KeyError as error:
         raise InputError(str(path), f"its state lacks {error}", "analyse the run's adapter folder instead") from None
-    file = path / "adapter.safetensors"
-    return Point(int(path.name.split("-")[1]), digest, file, {ours.HEADER: json.dumps(header)})
+    return Point(int(path.name.split("-")[1]), held[name]["sha256"], path / name, {ours.HEADER: json.dumps(header)})
+
+
+def own_tensors(point: Point) -> dict[str, Tensor]:
+    """The adapter's tensors, as our own files name them, without a head's that a checkpoint has beside them."""
+    lead, tensors = _FILES.get(point.file.name, ""), io.read(point.file)[0]
+    if lead:
+        return {key.removeprefix(lead): tensor for key, tensor in tensors.items() if key.startswith(lead)}
+    return {key: tensor for key, tensor in tensors.items() if not _HEAD.fullmatch(key)}
 
 
 def _file(path: Path, step: int) -> Point:
@@ -157,11 +173,11 @@ def changes(point: Point, base: Base | None) -> dict[str, tuple[Names, Callable[
     """{layer: ((component, path), call that makes its Change)}. Raises InputError for a file that does not fit."""
     header = point.header if point.header is not None else _header(point.file)
     if ours.HEADER in header and json.loads(header[ours.HEADER])["method"] in BASELINES:
-        return dict(_dense(point.file, base))
+        return dict(_dense(point.file, base, _FILES.get(point.file.name, "")))
     if point.header is None:
         file = read(point.file, base)
     else:
-        tensors, _ = io.read(point.file)
+        tensors = own_tensors(point)
         config = json.loads(point.header[ours.HEADER])
         config["tensors"] = dict.fromkeys(sorted({key.rpartition(".")[2] for key in tensors}), True)
         file = ours.read(point.file, Stored(tensors, {ours.HEADER: json.dumps(config)}))
@@ -204,16 +220,28 @@ def _change(layer, file: LoraFile, method, tensors: SimpleNamespace | None) -> C
     return Change(up, down, magnitude, rank=rank, bound=file.bounds.get(layer.name), bases=bases)
 
 
-def _dense(file: Path, base: Base | None) -> Iterator[tuple[str, tuple[Names, Callable[[], Change]]]]:
-    """Full fine-tuning keeps the weights themselves; every matrix that the base has is compared."""
+def _dense(file: Path, base: Base | None, lead: str) -> Iterator[tuple[str, tuple[Names, Callable[[], Change]]]]:
+    """Full fine-tuning keeps the weights themselves; every matrix that the base has is compared, and what it lacks, a
+    head that came with the task, is told of. `lead`: what the names begin with in the file."""
     if base is None:
         raise InputError(str(file), "holds whole weights", "name the base's folder by --base")
-    opened = safe_open(file, framework="pt")
+    opened, found, lacking = safe_open(file, framework="pt"), [], None
     for key in opened.keys():
-        if key.endswith(".weight") and len(opened.get_slice(key).get_shape()) > 1:
-            component, path = split_component(key.removesuffix(".weight"))
-            make = partial(_difference, opened, key, base, component, path)
-            yield f"{component}.{path}".lstrip("."), ((component, path), make)
+        if not (key.startswith(lead) and key.endswith(".weight") and len(opened.get_slice(key).get_shape()) > 1):
+            continue
+        component, path = split_component(key.removeprefix(lead).removesuffix(".weight"))
+        try:
+            base.place(component, path)
+        except InputError as error:
+            lacking = lacking or error
+            continue
+        make = partial(_difference, opened, key, base, component, path)
+        found.append((f"{component}.{path}".lstrip("."), ((component, path), make)))
+    if lacking and not found:
+        raise lacking
+    if lacking:
+        log.warning("%s; it is left out", lacking)
+    yield from found
 
 
 def _difference(opened, key: str, base: Base, component: str, path: str) -> Change:
