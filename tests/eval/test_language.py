@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from script_runs import REPOSITORY
-from tiny_lm import folder, llama, sums, tokenizer, write_rows
+from tiny_lm import folder, llama, rwkv, sums, tokenizer, write_rows
 
 import vislora
 from vislora.errors import EnvironmentFault, InputError, run_script
@@ -70,8 +70,9 @@ def test_before_and_after_are_measured_and_written(script, out, tmp_path, capsys
     assert both[0] == before
 
 
-def test_replies_do_not_depend_on_the_batch():
-    net, tok = llama(len(tokenizer())), tokenizer()
+@pytest.mark.parametrize("net", [llama(400), rwkv(400)], ids=["llama", "rwkv"])
+def test_replies_do_not_depend_on_the_batch(net):
+    tok = tokenizer()
     prompts = ["How many?", "Answer: 12", "a", "### Response: the answer is"]
     together = reply(net, tok, prompts, max_new_tokens=6, batch_size=4)
     assert together == [reply(net, tok, [p], max_new_tokens=6)[0] for p in prompts] and any(together)
