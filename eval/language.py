@@ -2,6 +2,7 @@
 
     python eval/language.py --run runs/0001
     python eval/language.py --run OUT --tasks gsm8k=data/gsm8k_test.jsonl math humaneval --allow_code
+    python eval/language.py --run OUT --tasks humaneval_plus=HumanEvalPlus.jsonl --allow_code
     python eval/language.py --run OUT --tasks gsm8k --harness arc_easy hellaswag
 
 Tasks are the papers' own (vislora/language/tasks.py): a name, with =FILE, =FOLDER or =HUB_ID for its rows, or the
@@ -38,6 +39,8 @@ class Options:
     run: str | None = option(None, "a run's folder; none: the model of --model_name_or_path, as it is")
     model_name_or_path: str | None = option(None, "none: the run's own")
     revision: str | None = option(None, "of a hub model")
+    tokenizer_name: str | None = option(None, "none: the run's own, or the model's")
+    trust_remote_code: bool = option(False, "run code that a hub model brings")
     tasks: tuple[str, ...] = option((), "names, each with =SOURCE for its rows; none: the embedded world's")
     prompt_template: str | None = option(None, "for all tasks, a name or a text with {instruction}; none: each its own")
     max_new_tokens: int | None = option(None, "of a reply; none: each task's own")
@@ -45,7 +48,7 @@ class Options:
     batch_size: int = option(8, "prompts at a time")
     base: bool = option(True, "measure the base too, and what changed")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of the model")
-    allow_code: bool = option(False, "run programs that the model writes, for humaneval and mbpp")
+    allow_code: bool = option(False, "run programs that the model writes, for humaneval, mbpp and their _plus")
     harness: tuple[str, ...] = option((), "stock tasks of lm-evaluation-harness")
     harness_include_path: str | None = option(None, "a folder of task YAMLs for it")
     output: str | None = option(None, "file for the results; none: language.json in the run, or only printed")
@@ -61,11 +64,12 @@ def main(argv: list[str]) -> None:
     if options.cpu_threads:
         torch.set_num_threads(options.cpu_threads)
     asked = [gather(spec, options) for spec in options.tasks]
-    name, revision = base_of(options)
-    tokenizer = models.load_tokenizer(name, revision)
+    name, revision, tokenizer = base_of(options)
+    more = {"revision": revision, "trust_remote_code": options.trust_remote_code}
+    tokenizer = models.load_tokenizer(tokenizer, **more)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, options.dtype)
-    model = models.load(AutoModelForCausalLM, name, dtype=dtype, device=device, revision=revision)
+    model = models.load(AutoModelForCausalLM, name, dtype=dtype, device=device, **more)
     adapter = None if options.run is None else load(options, model)
     results: dict[str, Any] = {"model": name, "run": options.run}
     if adapter is None or options.base:
@@ -80,17 +84,18 @@ def main(argv: list[str]) -> None:
         print(f"\nwritten    {place}")
 
 
-def base_of(options: Options) -> tuple[str, str | None]:
-    """(the model's name, its revision), from the flags or from the run's config.yaml."""
+def base_of(options: Options) -> tuple[str, str | None, str]:
+    """(the model's name, its revision, the tokenizer's name), from the flags or from the run's config.yaml."""
     if options.run is None:
         if options.model_name_or_path is None:
             raise InputError("--run", "no run and no model is named", "give one of --run and --model_name_or_path")
-        return options.model_name_or_path, options.revision
+        return options.model_name_or_path, options.revision, options.tokenizer_name or options.model_name_or_path
     saved = config.read_yaml(Path(options.run) / "config.yaml", "--run")
     name = options.model_name_or_path or saved.get("model_name_or_path")
     if not isinstance(name, str):
         raise InputError("--run", f"{options.run} is no run of a language model", "name the --model_name_or_path")
-    return name, options.revision or saved.get("revision")
+    own = saved.get("tokenizer_name") if options.model_name_or_path is None else None
+    return name, options.revision or saved.get("revision"), options.tokenizer_name or own or name
 
 
 def load(options: Options, model: torch.nn.Module) -> vislora.Adapter:
@@ -131,10 +136,10 @@ def measure(
             max_new_tokens=options.max_new_tokens, batch_size=options.batch_size,
         )  # fmt: skip
         replies = [{"reply": text, "right": right} for text, right in zip(scored.replies, scored.right, strict=True)]
-        found["tasks"][label] = {"percent": scored.percent, "rows": len(rows), "unfinished": scored.unfinished,
-                                 "replies": replies}  # fmt: skip
-        took = time.perf_counter() - began
-        print(f"{who}: {label} {scored.percent:.1f} % of {len(rows)} ({took:.0f} s)", file=sys.stderr)
+        found["tasks"][label] = {"percent": scored.percent, **scored.further, "rows": len(rows),
+                                 "unfinished": scored.unfinished, "replies": replies}  # fmt: skip
+        took, more = time.perf_counter() - began, "".join(f", {k} {v:.1f} %" for k, v in scored.further.items())
+        print(f"{who}: {label} {scored.percent:.1f} %{more} of {len(rows)} ({took:.0f} s)", file=sys.stderr)
     if options.harness:
         found["harness"] = harness.run(
             model, tokenizer, options.harness, batch_size=options.batch_size, limit=options.limit,
@@ -147,7 +152,8 @@ def table(results: dict[str, Any]) -> list[str]:
     """Two tables, apart: the papers' tasks in percent, and the harness's own figures; before, after, the change."""
     sides = [side for side in ("base", "adapted") if side in results]
     first = results[sides[0]]
-    rows = [(label, *(results[s]["tasks"][label]["percent"] for s in sides)) for label in first["tasks"]]
+    rows = [(label if key == "percent" else f"{label}, {key}", *(results[s]["tasks"][label][key] for s in sides))
+            for label, own in first["tasks"].items() for key in own if isinstance(own[key], float)]  # fmt: skip
     lines = _table("task, %", sides, rows)
     stock = [(f"{name} {metric}", *(results[s]["harness"][name][metric] for s in sides))
              for name, own in first["harness"].items() for metric in own]  # fmt: skip

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    RwkvConfig,
+    RwkvForCausalLM,
+)  # fmt: skip
 
 TEXT = [
     "Question: how many apples has Tom?\nAnswer: 12 apples", "### Response: the answer is 7", "ab ba aab bba abab",
@@ -58,11 +64,24 @@ def llama(vocab: int, seed: int = 0, **more) -> LlamaForCausalLM:
         return LlamaForCausalLM(LlamaConfig(**(config | more))).eval()
 
 
-def folder(place: Path) -> Path:
+def rwkv(vocab: int, seed: int = 0) -> RwkvForCausalLM:
+    """A recurrent model of two blocks, random, which takes no positions and reads padding as text."""
+    config = RwkvConfig(vocab_size=vocab, hidden_size=16, attention_hidden_size=16, intermediate_size=24,
+                        num_hidden_layers=2, context_length=256, bos_token_id=0, eos_token_id=1)  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = RwkvForCausalLM(config).eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def folder(place: Path, make=llama) -> Path:
     """A model and its tokenizer, as `from_pretrained` loads them."""
     tok = tokenizer()
     tok.save_pretrained(place)
-    llama(len(tok)).save_pretrained(place)
+    make(len(tok)).save_pretrained(place)
     return place
 
 

@@ -187,12 +187,12 @@ class Run:
                     found = probe.cosines(self.adapter, partial(self.backward, done), o.gradient_accumulation_steps)
                     if self.main:
                         log.write(done, *telemetry.alignment(found))
+            if o.eval_steps and done % o.eval_steps == 0 and done < self.total:
+                with meter.paused():
+                    self.evaluate(done, log)  # before it is saved: a run that goes on from here has its line
             stopping = processes.stopping(self.accelerator, stop)
             if self.reads and (done % o.save_steps == 0 or stopping):
                 self.save(done)
-            if o.eval_steps and done % o.eval_steps == 0 and done < self.total:
-                with meter.paused():
-                    self.evaluate(done, log)
             if stopping:
                 break
         bar.close()

@@ -147,6 +147,7 @@ class Run:
 
     def go(self) -> None:
         """Train, from the start or a checkpoint, and leave the run's results in its folder."""
+        self.best: dict[str, float] = {}
         o, start = self.options, 0 if self.options.resume_from_checkpoint is None else self.resume()
         if self.main:
             begin(self.folder, o, self.adapter)
@@ -155,7 +156,6 @@ class Run:
                 steps = itertools.count()  # a data-driven start sees the run's first batches
                 self.adapter.prepare(lambda: self.backward(next(steps))["loss"])
                 self.optimizer.zero_grad()
-            self.best: dict[str, float] = {}
             self.train(start, log, stop)
             if self.reads and not processes.stopping(self.accelerator, stop):
                 values = {**self.evaluate(self.total, log), **{f"best_{k}": v for k, v in self.best.items()}}
@@ -197,12 +197,12 @@ class Run:
                     self.optimizer.zero_grad()  # the head's, which is no part of the adapter
                     if self.main:
                         log.write(done, *telemetry.alignment(found))
+            if self.reads and done % (o.eval_steps or self.an_epoch) == 0 and done < self.total:
+                with meter.paused():
+                    self.evaluate(done, log)  # before it is saved, with the best so far
             stopping = processes.stopping(self.accelerator, stop)
             if self.reads and (done % o.save_steps == 0 or stopping):
                 self.save(done)
-            if self.reads and done % (o.eval_steps or self.an_epoch) == 0 and done < self.total:
-                with meter.paused():
-                    self.evaluate(done, log)
             if stopping:
                 break
         bar.close()
@@ -260,7 +260,7 @@ class Run:
         with processes.written(self.folder, self.main) as folder:
             save_state(
                 folder.checkpoints, step, self.adapter, self.optimizer.optimizer, self.scheduler,
-                self.accelerator.scaler, self.about(), self.options.save_total_limit,
+                self.accelerator.scaler, self.about() | {"best": self.best}, self.options.save_total_limit,
             )  # fmt: skip
 
     def resume(self) -> int:
@@ -271,6 +271,7 @@ class Run:
         if saved.state["data"] != about["data"]:
             raise InputError("--train_file", "holds other rows than the run began with", "restore them, or start anew")
         load_state(saved, self.adapter, self.optimizer.optimizer, self.scheduler, self.accelerator.scaler)
+        self.best = dict(saved.state.get("best", {}))
         if self.main:
             self.folder.rewind(saved.step)
             print(f"resumed {saved.path} at step {saved.step}")

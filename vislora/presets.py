@@ -88,14 +88,14 @@ def own_preset(model: nn.Module, names: Iterable[str]) -> str:
 
     if fits("unet-attention"):
         return "unet-attention"
+    get = getattr(model, "get_output_embeddings", None)
+    if callable(get) and get() is not None:  # before names: RWKV's attention has a value, as a ViT's
+        return "llm-linear"
     # nn.MultiheadAttention's names say nothing of what it attends to: patches come from a convolution, words from a
     # table of embeddings.
     raw = any(name.endswith(("in_proj_weight", "q_proj_weight")) for name in names)
     if fits("vit-qv") and (not raw or _has(model, *CONVOLUTIONS)):
         return "vit-qv"
-    get = getattr(model, "get_output_embeddings", None)
-    if callable(get) and get() is not None:
-        return "llm-linear"
     if fits("text-encoder-attention") and (not raw or _has(model, nn.Embedding)):
         return "text-encoder-attention"
     return "all-linear"

@@ -119,8 +119,10 @@ def test_what_shards_cannot_do_is_said_before_anything_is_loaded(monkeypatch, en
 
 
 def test_deepspeed_is_refused_with_the_reason():
-    with pytest.raises(InputError, match="DEEPSPEED.*its engine.*DDP"):
+    with pytest.raises(InputError, match="DeepSpeed is not served: ZeRO joins all factors.*DDP"):
         require_served(launched(distributed_type=DistributedType.DEEPSPEED), LORA, False)
+    with pytest.raises(InputError, match="MEGATRON_LM is not served"):
+        require_served(launched(distributed_type=DistributedType.MEGATRON_LM), LORA, False)
 
 
 def test_without_a_gradient_the_mean_takes_zeros():

@@ -25,7 +25,7 @@ from vislora.training import checkpoint
 case = pytest.mark.case
 RESUME = ("--resume_from_checkpoint", "latest")
 SHARDS = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what accelerate launch sets for FSDP2
-UNEQUAL = ("layers", "seconds_per_step", "images_per_second")
+UNEQUAL = ("layers", "seconds_per_step", "images_per_second", "memory_mib")
 BATCH = {"causal_lm": "--per_device_train_batch_size", "sequence_classification": "--per_device_train_batch_size"}
 
 
@@ -205,6 +205,19 @@ def in_shards(server, place, name, *flags) -> None:
 def test_two_processes_with_half_of_an_image_model_each_make_the_steps_of_one(server, place):
     flags = ("--eval_steps", "2", "--ema_decay", "0.9", "--adapter", "sorsa", "--probe_steps", "1")
     in_shards(server, place, "classification", *flags)
+
+
+@pytest.mark.parametrize("flags", [
+    ("--adapter", "sorsa", "--probe_steps", "1"),
+    pytest.param(("--adapter", "lora_sb", "--gradient_accumulation_steps", "2", "--merge", "--gradient_checkpointing",
+                  "--head_learning_rate", "0.02"), marks=pytest.mark.slow),
+], ids=["sorsa", "lora_sb"])  # fmt: skip
+def test_two_processes_with_half_of_a_classifier_of_texts_each_make_the_steps_of_one(server, place, flags):
+    in_shards(server, place, "sequence_classification", "--eval_steps", "2", *flags)
+    metrics = [json.loads((place / f"sequence_classification-shards-{which}" / "metrics.json").read_text())
+               for which in ("one", "two")]  # fmt: skip
+    values = [{k: v for k, v in one.items() if k != "memory_mib" and v is not None} for one in metrics]
+    assert values[0] == pytest.approx(values[1], rel=1e-3) and "best_eval_accuracy" in values[0]
 
 
 DRAWN = ("--validation_prompt", "a b", "--num_validation_images", "1", "--validation_inference_steps", "1")

@@ -15,7 +15,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
 from script_runs import REPOSITORY, compiles, lines, refused, state
-from tiny_lm import folder, sums, write_rows
+from tiny_lm import folder, rwkv, sums, write_rows
 from transformers import AutoModelForCausalLM
 
 import vislora
@@ -76,7 +76,7 @@ def logits(model) -> torch.Tensor:
         return model(input_ids=torch.arange(40)[None]).logits
 
 
-def base(model) -> torch.nn.Module:
+def base_of(model) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
 
@@ -112,7 +112,7 @@ def test_what_is_written_computes_what_the_adapter_computes(run, model, method):
     from peft import PeftModel
 
     run("--adapter", method, "--output_dir", "out", "--merge", "--learning_rate", "0.05")
-    ours = base(model)
+    ours = base_of(model)
     before = logits(ours)
     vislora.load(ours, "out/adapter")
     expected = logits(ours)
@@ -120,7 +120,7 @@ def test_what_is_written_computes_what_the_adapter_computes(run, model, method):
     merged = logits(AutoModelForCausalLM.from_pretrained("out/model").eval())
     assert torch.allclose(merged, expected, atol=1e-4)
     if method != "full":
-        theirs = PeftModel.from_pretrained(base(model), "out/export/peft").eval()
+        theirs = PeftModel.from_pretrained(base_of(model), "out/export/peft").eval()
         assert torch.allclose(logits(theirs), expected, atol=1e-4)
 
 
@@ -204,6 +204,21 @@ def test_every_method_in_bf16(run, method):
     assert all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors)
 
 
+def test_a_recurrent_model(run, place, capsys):
+    """RWKV: its linears but the head, merged and exported; rows that would run into each other are refused."""
+    base = str(folder(place / "rwkv", rwkv))
+    run("--model_name_or_path", base, "--adapter", "sorsa", "--output_dir", "out", "--merge", "--learning_rate", "0.05",
+        "--eval_answers", "2", "--max_new_tokens", "3", "--validation_split_percentage", "20")  # fmt: skip
+    found = {name.rpartition(".")[0] for name in read(Path("out/adapter/adapter.safetensors"))[0]}
+    assert len(found) == 14 and not any("head" in name for name in found)
+    ours = base_of(base)
+    before = logits(ours)
+    vislora.load(ours, "out/adapter")
+    assert (logits(ours) - before).abs().max() > 1e-2
+    assert torch.allclose(logits(base_of("out/model")), logits(ours), atol=1e-4)
+    assert "takes no positions" in refused(run, capsys, "--model_name_or_path", base, "--packing")
+
+
 def test_baselines(run, place):
     (place / "oft.yaml").write_text("peft_type: OFT\noft_block_size: 4\n")
     run("--adapter", "peft", "--peft_config", "oft.yaml", "--output_dir", "peft")
@@ -218,7 +233,7 @@ def test_a_base_of_four_bits_trains_and_merges_into_the_whole_one(run, model):
     pytest.importorskip("bitsandbytes")
     run("--adapter", "lora", "--load_in_4bit", "--output_dir", "out", "--merge", "--learning_rate", "0.05",
         "--bnb_4bit_compute_dtype", "float32")  # fmt: skip
-    ours = base(model)  # of so narrow layers, four bits move the norms by more than a load lets pass
+    ours = base_of(model)  # of so narrow layers, four bits move the norms by more than a load lets pass
     vislora.load(ours, "out/adapter", allow_other_base=True)
     merged = AutoModelForCausalLM.from_pretrained("out/model").eval()
     assert merged.model.layers[0].mlp.up_proj.weight.is_floating_point()

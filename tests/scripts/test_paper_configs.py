@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,10 @@ def scripts():
 def test_a_paper_s_run_is_read_and_says_what_to_compare_with(scripts, file):
     text = file.read_text(encoding="utf-8")
     head = [line for line in text.splitlines() if line.startswith("#")]
-    assert any("To compare with" in line for line in head) and all(len(line) <= 120 for line in text.splitlines())
+    assert all(len(line) <= 120 for line in text.splitlines())
+    said = " ".join(line.removeprefix("#").strip() for line in head).partition("To compare with")[2]
+    figure = re.search(r"\b\d+\.\d+\b", said.partition("Hardware")[0])
+    assert figure or file.stem in ("sorsa_analysis_llama2", "peft_bench"), said  # spectra; a table that goes on growing
     settings = yaml.safe_load(text)
     script = scripts["sequence_classification" if "task_name" in settings else "causal_lm"]
     options, method = script.parse(["--config", str(file)])
@@ -55,6 +59,27 @@ def test_every_row_of_the_recipes_is_there():
         assert {f"odlora_gemma2b_{data}", f"odlora_llama3_8b_{data}"} <= names
     tasks = ("cola", "rte", "mrpc", "stsb", "sst2", "qnli")
     assert {f"lorasb_roberta_large_{task}" for task in tasks} <= names and len(names) >= 40
+    assert {"adalora_baseline", "lora_llama2_7b_metamath", "pissa_llama2_7b_metamath", "sorsa_analysis_llama2"} <= names
+    assert {f"odlora_gradbaselines_{name}" for name in ("lora_ga", "lora_pro", "scaled_adamw", "alt_lora")} <= names
+    assert {"odlora_overhead", "nblora_llama2_7b_metamath", "nblora_llama3_70b", "peft_bench"} <= names
+    for model in ("mistral_7b", "llama3_8b", "llama2_13b"):
+        assert {f"nblora_table2_{model}_metamath", f"nblora_table2_{model}_codefeedback"} <= names
+    assert {"lorasb_mistral_7b_metamath", "lorasb_gemma2_9b_metamath", "lorasb_llama32_3b_commonsense"} <= names
+    assert {"nblora_delora", "nblora_delta_sweep", "lorasb_table4"} <= {file.stem for file in FILES}
+
+
+def test_od_lora_s_baselines_have_the_scale_that_it_states(scripts):
+    """4 / sqrt(rank) for all but LoRA, on which the optimizers' own rows are no exception."""
+    for file in (file for file in PAPER if file.stem.startswith("odlora_gradbaselines")):
+        options, method = scripts["causal_lm"].parse(["--config", str(file)])
+        linear = torch.nn.Sequential(torch.nn.Linear(32, 32, bias=False))
+        adapter = vislora.attach(linear, method, seed=0)
+        with torch.no_grad():
+            for tensor in (t for _, t in adapter.named_tensors()):
+                tensor.fill_(0.5 if tensor.requires_grad else 0)
+        (delta,) = adapter.deltas().values()
+        rank = method.options()["rank"]
+        assert delta[0, 0].item() == pytest.approx(4 / rank**0.5 * rank * 0.25), file.stem
 
 
 # Where a paper's number does not fit a model of 16 dimensions.

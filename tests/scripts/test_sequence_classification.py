@@ -25,6 +25,7 @@ from transformers import (
 import vislora
 from vislora.baselines import BASELINES
 from vislora.errors import run_script
+from vislora.formats import peft as layout
 from vislora.io import read
 from vislora.language.classification import load_head
 
@@ -111,6 +112,35 @@ def test_adapter_and_head_are_saved_and_merged(run, model):
     assert (ours(**batch).logits - before).abs().max() > 1e-2
     metrics = json.loads(Path("out/metrics.json").read_text())
     assert 0 <= metrics["eval_accuracy"] <= metrics["best_eval_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_peft_scores_as_we_do_head_and_all(run, model, tmp_path, kind, caplog):
+    from peft import PeftModel
+
+    base = model if kind == "bert" else folder(tmp_path / "llama")
+    run("--adapter", "nb_lora", "--output_dir", "out", "--learning_rate", "0.05", "--model_name_or_path", str(base))
+    batch = {"input_ids": torch.tensor([[1, 4, 5, 2, 6, 2]])}
+    heads = ("classifier.weight", "score.weight")
+    ours, theirs, read_back = (AutoModelForSequenceClassification.from_pretrained(base, num_labels=2).eval()
+                               for _ in range(3))  # fmt: skip
+    for one in (ours, theirs, read_back):
+        one.config.pad_token_id = 1
+        for name, tensor in one.named_parameters():
+            if name in heads:
+                tensor.data.fill_(7.0)  # whatever was drawn must not stay
+    vislora.load(ours, "out/adapter")
+    load_head(ours, "out/adapter")
+    theirs = PeftModel.from_pretrained(theirs, "out/export/peft").eval()
+    with torch.no_grad():
+        assert torch.allclose(theirs(**batch).logits, ours(**batch).logits, atol=1e-5)
+        vislora.load(read_back, "out/export/peft")
+        assert torch.allclose(read_back(**batch).logits, ours(**batch).logits, atol=1e-5)
+    found = layout.read(Path("out/export/peft"))  # the command vislora's view: updates alone
+    assert len(found.layers) == len([key for key in found.stored[""].tensors if key.endswith("lora_A.weight")]) > 5
+    assert "is a module of its own and no update" in caplog.text
+    card = Path("out/README.md").read_text()
+    assert "load_head(model, " in card and "num_labels=2" in card
 
 
 @pytest.mark.parametrize("flags", [("--adapter", "lora_sb", "--head_learning_rate", "0.02"), ("--adapter", "none"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from .family import family_of, group
 from .lora import COMPONENTS, TEXT_ENCODERS, Layer, LoraFile, Names, Stored, folded, layers_of, neutral_path
 from .vocabulary import component_of
 
+log = logging.getLogger("vislora")
 _PREFIX = "base_model.model."
 _KEY = re.compile(
     re.escape(_PREFIX) + r"(?P<path>.+)\.(?P<kind>lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
@@ -51,18 +53,26 @@ def read(path: Path) -> LoraFile:
             wrong = f"holds {'weights that may run code when read' if pickled else f'no {FILE}'}"
             raise InputError(str(folder), wrong, "save it with safetensors")
         stored[component] = Stored(*read_tensors(file), _config(folder / CONFIG))
-        found = _found(file, component, stored[component].tensors)
+        found = _found(file, component, stored[component].tensors, stored[component].config)
         layers += layers_of(file, stored[component], found, _scale(file, stored[component].config), component)
     bases = {str(part.config.get("base_model_name_or_path")) for part in stored.values()} - {"None"}
     return LoraFile(path, "peft", layers, stored, f"base {', '.join(sorted(bases))}" if bases else "")
 
 
-def _found(file: Path, component: str, tensors: Mapping[str, Tensor]) -> dict[Names, dict[str, str]]:
+def _found(
+    file: Path, component: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[Names, dict[str, str]]:
+    """What a key is of which layer; modules that are saved whole beside the updates, as heads are, are left out."""
+    saved = config.get("modules_to_save") or ()
+    whole = tuple(f"{_PREFIX}{name}." for name in saved) if isinstance(saved, list | tuple) else ()
     if not tensors:
         raise InputError(str(file), "holds no tensors", "train or copy it again")
     found: dict[Names, dict[str, str]] = {}
     for key in tensors:
         match = _KEY.fullmatch(key)
+        if match is None and whole and key.startswith(whole):
+            log.warning("%s: %s is a module of its own and no update: it is not read", file, key)
+            continue
         if match is None:
             raise InputError(str(file), f"{key} is no key of PEFT's LoRA", "use a LoRA without biases")
         if not component and component_of(match["path"]) == "unet":

@@ -47,8 +47,9 @@ class ClassificationOptions(TrainOptions):
     )  # fmt: skip
     validation_file: str | None = option(None, "held-out rows; none: the training source's own split", group=_DATA)
     train_split: str = option("train", 'and slices: "train[:1000]"', group=_DATA)
-    validation_split: str = option("validation", "of a folder or a hub data set; MNLI's is validation_matched",
-                                   group=_DATA)  # fmt: skip
+    validation_split: str | None = option(
+        None, "of a folder or a hub data set; none: validation, of GLUE's own MNLI validation_matched", group=_DATA
+    )
     validation_split_percentage: float = option(
         0.0, "hold out the last so many percent of the training rows instead", group=_DATA
     )
@@ -116,7 +117,9 @@ def _rows(o: ClassificationOptions) -> tuple[list[dict], list[dict]]:
         if o.validation_file is None and Path(source).is_file():
             wrong = "nothing is held out of a single file"
             raise InputError(flag, wrong, "name one, or give --validation_split_percentage")
-        held = read_rows(o.validation_file or source, o.validation_split, config, flag)
+        matched = o.task_name == "mnli" and not o.train_file and not o.validation_file
+        split = o.validation_split or ("validation_matched" if matched else "validation")
+        held = read_rows(o.validation_file or source, split, config, flag)
     else:
         train, held = holdout(train, o.validation_split_percentage)
     return train[: o.max_train_samples], held[: o.max_eval_samples]

@@ -1,6 +1,7 @@
 """Programs that a model wrote, run in a process of its own with little time, memory and disk.
 
-This keeps accidents small. It is no wall against malice: run it where nothing is lost, and only when asked to.
+This keeps accidents small. It is no wall against malice: files and the network are as open as to any process of this
+user. Run it where nothing is lost, and only when asked to.
 """
 
 from __future__ import annotations
@@ -11,39 +12,46 @@ import subprocess
 import sys
 import tempfile
 
-_LIMITS = """
-import resource as _r
-def _most(kind, value):
-    hard = _r.getrlimit(kind)[1]
-    value = value if hard == _r.RLIM_INFINITY else min(value, hard)
-    _r.setrlimit(kind, (value, value))
-_most(_r.RLIMIT_CPU, {seconds})
-_most(_r.RLIMIT_AS, {memory})
-_most(_r.RLIMIT_FSIZE, 2**20)
-_most(_r.RLIMIT_CORE, 0)
-_most(_r.RLIMIT_NOFILE, 32)
-del _r, _most
+_PASSED = 86  # the status of a program that came to its end; exit() and os._exit(0) give another
+# What follows -c: seconds, bytes, the program's file. The limits hold for its children too.
+_CAGE = f"""
+import os, resource, sys
+def most(kind, value):
+    hard = resource.getrlimit(kind)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (value, value))
+seconds, memory, file = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+text = open(file, encoding="utf-8").read()
+most(resource.RLIMIT_CPU, seconds)
+most(resource.RLIMIT_AS, memory)
+most(resource.RLIMIT_FSIZE, 2**20)
+most(resource.RLIMIT_CORE, 0)
+most(resource.RLIMIT_NOFILE, 32)
+most(resource.RLIMIT_NPROC, 0)
+leave, sys.argv = os._exit, [file]
+exec(compile(text, file, "exec"), {{"__name__": "__main__"}})
+leave({_PASSED})
 """
 
 
 def passes(program: str, seconds: int = 10, memory_mib: int = 1024) -> bool:
-    """Whether `program`, Python text, ends by itself without an error within the limits.
+    """Whether `program`, Python text, comes to its end without an error within the limits.
 
-    It runs in an empty folder that is removed, with no input, no environment but PATH, no site packages of the user,
-    in a process group that is killed whole when the time is over. An `exit()` before its end counts as a failure.
+    It runs in an empty folder that is removed, with no input, its output thrown away, no environment but PATH, no
+    installed packages, at most 1 MiB a file, and, unless as root, no processes or threads of its own; its process
+    group is killed whole at the end. An `exit()` before its end counts as a failure.
     """
     with tempfile.TemporaryDirectory() as place:
-        limits = _LIMITS.format(seconds=seconds, memory=memory_mib * 2**20)
-        text = f"{limits}{program}\n\nprint(end='\\n<passed>\\n')\n"
         file = os.path.join(place, "program.py")
         with open(file, "w", encoding="utf-8", errors="replace") as handle:
-            handle.write(text)
+            handle.write(program)
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", file], cwd=place, env={"PATH": os.defpath}, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+            [sys.executable, "-I", "-S", "-c", _CAGE, str(seconds), str(memory_mib * 2**20), file], cwd=place,
+            env={"PATH": os.defpath}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )  # fmt: skip
         try:
-            said, _ = process.communicate(timeout=seconds + 1)
+            return process.wait(timeout=seconds + 1) == _PASSED
         except subprocess.TimeoutExpired:
             return False
         finally:
@@ -52,5 +60,3 @@ def passes(program: str, seconds: int = 10, memory_mib: int = 1024) -> bool:
             except ProcessLookupError:
                 pass
             process.wait()
-            process.stdout.close()
-    return process.returncode == 0 and said.endswith(b"\n<passed>\n")

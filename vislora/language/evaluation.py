@@ -63,6 +63,11 @@ class Evaluation:
             return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         return template(self.options.prompt_template or "alpaca").fill(instruction)
 
+    def _said(self, record: Record) -> str:
+        """The response as a reply would be decoded: without the marks that a chat template ends it by."""
+        ids = self.tokenizer(record.response, add_special_tokens=False)["input_ids"]
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
     def measure(self, model: nn.Module, inner: nn.Module, step: int, accelerator: Accelerator, main: bool) -> dict:
         """{"eval_loss", "eval_perplexity", "eval_answers"} where there is held-out data; sample replies are written.
 
@@ -84,7 +89,7 @@ class Evaluation:
             )
             if main:
                 self._write(step, list(zip(self.asked, replies, strict=False)))
-            right = [same_answer(text, record.response) for text, record
+            right = [same_answer(text, self._said(record)) for text, record
                      in zip(replies[len(self.asked) :], chosen, strict=True)]  # fmt: skip
             values |= {"eval_answers": sum(right) / len(right)} if right else {}
         return values

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vislora.language.encode import prompt_ids
-from vislora.language.models import checkpointing, is_checkpointed
+from vislora.language.models import checkpointing, is_checkpointed, takes_positions
 
 
 @torch.no_grad()
@@ -27,7 +27,8 @@ def reply(
     """What the model answers to each prompt, in order; greedy unless `decoding` says otherwise (generate's keywords).
 
     A reply ends before the first of the words in `stop`. Prompts are tokenised as in training. Longer prompts come
-    first, so that a batch is of about one length. The model's mode and cache setting are as before afterwards.
+    first, so that a batch is of about one length, and of exactly one where the model would read padding as text. The
+    model's mode and cache setting are as before afterwards.
     """
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
@@ -39,8 +40,7 @@ def reply(
     if checkpointed:  # it excludes the cache
         checkpointing(model, False)
     try:
-        for at in range(0, len(order), batch_size):
-            chosen = order[at : at + batch_size]
+        for chosen in _batches(order, [len(one) for one in ids], batch_size, takes_positions(model)):
             longest = len(ids[chosen[0]])
             rows = [[tokenizer.pad_token_id] * (longest - len(ids[i])) + ids[i] for i in chosen]
             mask = [[0] * (longest - len(ids[i])) + [1] * len(ids[i]) for i in chosen]
@@ -59,6 +59,18 @@ def reply(
             checkpointing(model)
         model.train(training)
         model.generation_config.use_cache = cached
+    return found
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int], size: int, mixed: bool) -> list[list[int]]:
+    """`order` in batches of at most `size`, of one length each unless `mixed`."""
+    found: list[list[int]] = []
+    for i in order:
+        fits = found and len(found[-1]) < size and (mixed or lengths[found[-1][0]] == lengths[i])
+        if fits:
+            found[-1].append(i)
+        else:
+            found.append([i])
     return found
 
 

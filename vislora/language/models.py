@@ -112,9 +112,14 @@ def context_length(name: str, revision: str | None = None, trust_remote_code: bo
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def takes_positions(model: nn.Module) -> bool:
+    """Whether a model can be told where its tokens stand; recurrent ones, such as RWKV, read padding as text."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
 def require_packable(model: nn.Module) -> None:
     """Raise InputError for a model whose examples in one row could not be kept apart."""
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if not takes_positions(model):
         wrong = f"{type(model).__name__} takes no positions: examples in one row would run into each other"
         raise InputError("--packing", wrong, "leave it out")
 

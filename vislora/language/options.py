@@ -21,6 +21,7 @@ FREE_ON_RESUME = frozenset({
     "merge",
     "eval_dataset_name", "eval_dataset_split", "max_eval_samples", "eval_steps", "eval_answers",
     "per_device_eval_batch_size", "sample_prompt", "max_new_tokens", "export_rank", "validation_file",
+    "validation_split",
 })  # fmt: skip
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import nn
 
 from vislora import config, measure
@@ -17,6 +19,7 @@ from vislora.distributed import class_name
 from vislora.errors import InputError
 from vislora.export import check_exportable as check_layout
 from vislora.handle import Dense, Handle, require_no_rank
+from vislora.io import PEFT_CONFIG, PEFT_FILE, read
 from vislora.language import models
 from vislora.language.options import TrainOptions
 from vislora.training.run import RunFolder
@@ -50,7 +53,9 @@ def conclude(
     whole = isinstance(adapter, FullHandle)
     if trains and not whole:
         exported = adapter.export(folder.path / "export" / "peft", "peft", options.export_rank)
-        written |= {"peft": exported} if exported else {}
+        if exported:
+            add_head(exported, model)
+            written["peft"] = exported
     if trains and options.merge and not main:
         for _ in models.changes(adapter):
             pass
@@ -80,6 +85,22 @@ def conclude(
     print(f"look at    {folder.path}")
 
 
+def add_head(folder: Path, model: nn.Module) -> None:
+    """Put a classifier's head into a folder of PEFT's, as one of its `modules_to_save`; nothing for other models."""
+    heads = models.heads(model)
+    if not heads:
+        return
+    tensors, about = read(folder / PEFT_FILE)
+    for path, module in heads:
+        for name, tensor in module.named_parameters():
+            tensors[f"base_model.model.{path}.{name}"] = tensor.detach().cpu().contiguous()
+    save_file(tensors, folder / PEFT_FILE, about)
+    place = folder / PEFT_CONFIG
+    config = json.loads(place.read_text(encoding="utf-8"))
+    config |= {"modules_to_save": [path for path, _ in heads], "task_type": "SEQ_CLS"}
+    place.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def _card(
     folder: RunFolder, options: TrainOptions, adapter: Handle, certificate: Mapping, written: Mapping[str, Path],
     values: Mapping[str, float],
@@ -91,10 +112,15 @@ def _card(
     front["tags"].append(f"vislora:{adapter.method_name}")
     lines = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {folder.path.name}",
              f"`{adapter.method_name}` on `{base}`.", "## Use"]  # fmt: skip
-    own = class_name(next(iter(adapter.roots.values())))
-    load = f'from transformers import {own}\n\nmodel = {own}.from_pretrained("{base}")\n'
+    root = next(iter(adapter.roots.values()))
+    own, classifies = class_name(root), bool(models.heads(root))
+    labels = f", num_labels={root.config.num_labels}" if classifies else ""
+    load = f'from transformers import {own}\n\nmodel = {own}.from_pretrained("{base}"{labels})\n'
     if "adapter" in written:
-        lines.append(f'```python\nimport vislora\n{load}vislora.load(model, "{folder.path.name}/adapter")\n```')
+        place = f'"{folder.path.name}/adapter"'
+        first = "from vislora.language.classification import load_head\n" if classifies else ""
+        last = f"\nload_head(model, {place})" if classifies else ""
+        lines.append(f"```python\nimport vislora\n{first}{load}vislora.load(model, {place}){last}\n```")
     if "peft" in written:
         more = f'PeftModel.from_pretrained(model, "{folder.path.name}/export/peft")'
         lines.append(f"```python\nfrom peft import PeftModel\n{load}model = {more}\n```")

@@ -5,15 +5,17 @@ Their numbers are not those of lm-evaluation-harness's tasks of the same names, 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from vislora.errors import InputError, near
-from vislora.language import scoring
+from vislora.language import plus_check, scoring
 from vislora.language.code_run import passes
 from vislora.language.generate import log_likelihoods, reply
 from vislora.language.templates import template
@@ -28,7 +30,8 @@ class Task:
     """right(reply, row): is it? prompt: a template's name. tokens: of a reply at most.
 
     hub: (id, configuration, split) where the rows are looked for when no source is named. stop: words that end a reply.
-    choices: the row's `choices` are weighed by their likelihood, and nothing is generated.
+    choices: the row's `choices` are weighed by their likelihood, and nothing is generated. further: {name: a harder
+    test}, for replies that are right; each has a figure of its own.
     """
 
     prompt: str
@@ -39,6 +42,7 @@ class Task:
     runs_code: bool = False
     choices: bool = False
     ask: Callable[[Row], str] = field(default=lambda row: first(row, _QUESTIONS))
+    further: Mapping[str, Callable[[str, Row], bool]] = field(default_factory=dict)
 
 
 def first(row: Row, names: Sequence[str]) -> str:
@@ -59,28 +63,74 @@ def _choice(name: str) -> Task:
 
 
 def _function(row: Row) -> str:
-    return f"Complete this Python function. Answer with the whole function in one block of code.\n\n{row['prompt']}"
+    """SORSA's Listing 2, its first version's; the fences are as it prints them."""
+    return (
+        f"Here is the given code to do completion:\n'''python\n{first(row, ('prompt',))}\n'''\n\n"
+        "Please continue to complete the function with python programming language. You are not allowed to modify the "
+        "given code and do the completion only.\n\n"
+        "Please return all completed codes in one code block.\nThis code block should be in the following format:\n"
+        "'''python\n# Your codes here\n'''"
+    )
 
 
 def _problem(row: Row) -> str:
-    tests = "\n".join(row["test_list"])
+    tests = "\n".join(_tests(row))
     return f"{first(row, ('text', 'prompt'))} Your code should pass these tests:\n\n{tests}"
 
 
-def humaneval_program(text: str, row: Row) -> str:
-    """What is run for a reply to a HumanEval row; a reply that is a function's body goes on from the row's prompt."""
+def _tests(row: Row) -> list[str]:
+    if not isinstance(row.get("test_list"), list):
+        raise InputError("--tasks mbpp", f"a row with the columns {', '.join(row)}", "MBPP's rows have a test_list")
+    return row["test_list"]
+
+
+def _described(row: Row) -> str:
+    """MBPP+'s problem, which is a docstring with one of its tests."""
+    _calls(row, "base_input")
+    return first(row, ("prompt",)).strip().strip('"').strip()
+
+
+def whole_function(text: str, row: Row) -> str:
+    """The function of a reply to a HumanEval row; a reply that is a function's body goes on from the row's prompt."""
     code = scoring.code_block(text)
-    whole = f"def {row['entry_point']}" in code
-    head = row["prompt"] if not whole else row["prompt"].partition("def ")[0]  # imports, which replies leave out
-    return f"{head}\n{code}\n\n{row['test']}\n\ncheck({row['entry_point']})\n" if whole else (
-        f"{head}{code}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
-    )  # fmt: skip
+    if f"def {row['entry_point']}" in code:
+        return f"{row['prompt'].partition('def ')[0]}\n{code}"  # imports, which replies leave out
+    return row["prompt"] + code
+
+
+def humaneval_program(text: str, row: Row) -> str:
+    """What is run for a reply to a HumanEval row."""
+    return f"{whole_function(text, row)}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
 
 
 def mbpp_program(text: str, row: Row) -> str:
     """What is run for a reply to an MBPP row."""
     setup = row.get("test_setup_code") or "\n".join(row.get("test_imports") or ())
-    return "\n".join([scoring.code_block(text), setup, *row["test_list"]])
+    return "\n".join([scoring.code_block(text), setup, *_tests(row)])
+
+
+def _calls(row: Row, column: str) -> list:
+    names = ("task_id", "entry_point", "canonical_solution", column)
+    missing = [name for name in names if name not in row]
+    if missing:
+        wrong = f"a row has no {', '.join(missing)}"
+        raise InputError("--tasks", wrong, "name evalplus' own file, HumanEvalPlus.jsonl or MbppPlus.jsonl")
+    return row[column]
+
+
+def plus_program(code: str, row: Row, column: str) -> str:
+    """What is run for a function on the inputs in a column of an evalplus row: base_input or plus_input."""
+    calls = json.dumps(_calls(row, column))
+    told = (code, row["prompt"] + row["canonical_solution"], row["task_id"], row["entry_point"], calls, row["atol"])
+    return f"{Path(plus_check.__file__).read_text(encoding='utf-8')}\n\nverify(*{told!r})\n"
+
+
+def _plus(ask: Callable[[Row], str], code: Callable[[str, Row], str], tokens: int) -> Task:
+    def on(column: str) -> Callable[[str, Row], bool]:
+        return lambda text, row: passes(plus_program(code(text, row), row, column), seconds=60, memory_mib=4096)
+
+    return Task("codefeedback", on("base_input"), tokens, stop=("@@ Instruction",), runs_code=True, ask=ask,
+                further={"plus": on("plus_input")})  # fmt: skip
 
 
 TASKS: dict[str, Task] = {
@@ -93,6 +143,8 @@ TASKS: dict[str, Task] = {
                       ("openai/openai_humaneval", None, "test"), ("@@ Instruction",), runs_code=True, ask=_function),
     "mbpp": Task("codefeedback", lambda text, row: passes(mbpp_program(text, row)), 1024,
                  ("google-research-datasets/mbpp", "full", "test"), ("@@ Instruction",), runs_code=True, ask=_problem),
+    "humaneval_plus": _plus(lambda row: _calls(row, "base_input") and _function(row), whole_function, 1024),
+    "mbpp_plus": _plus(_described, lambda text, row: scoring.code_block(text), 1024),
     "answers": Task("qa", lambda text, row: scoring.same_answer(text, _gold(row)), 128),
     "choices": Task("qa", lambda text, row: text == _gold(row), 0, choices=True),
 }  # fmt: skip
@@ -107,12 +159,16 @@ def task(name: str) -> Task:
 
 @dataclass(frozen=True)
 class Scored:
-    """One task's result: the share of right replies in percent, every reply, and how many reached the token limit."""
+    """One task's result: the share of right replies in percent, every reply, and how many reached the token limit.
+
+    further: {name: percent of all replies} that a task's harder tests let pass too.
+    """
 
     percent: float
     replies: list[str]
     right: list[bool]
     unfinished: int
+    further: dict[str, float]
 
 
 def run(
@@ -133,7 +189,10 @@ def run(
     right = [one.right(text, row) for text, row in zip(replies, rows, strict=True)]
     count = partial(tokenizer, add_special_tokens=False)
     unfinished = 0 if one.choices else sum(len(count(text)["input_ids"]) >= limit for text in replies)
-    return Scored(100 * sum(right) / len(right), replies, right, unfinished)
+    both = list(zip(right, replies, rows, strict=True))
+    further = {name: 100 * sum(ok and test(text, row) for ok, text, row in both) / len(rows)
+               for name, test in one.further.items()}  # fmt: skip
+    return Scored(100 * sum(right) / len(right), replies, right, unfinished, further)
 
 
 def _most_likely(model, tokenizer, prompts: Sequence[str], rows: Sequence[Row], batch_size: int) -> list[str]:

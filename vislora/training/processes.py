@@ -26,6 +26,7 @@ from torch import nn
 
 from vislora import Method, distributed
 from vislora.errors import InputError
+from vislora.training.cores import NO_DEEPSPEED
 from vislora.training.run import InterruptFlag, RunFolder
 
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)  # which FSDP's hooks would wait for in vain
@@ -43,7 +44,7 @@ def require_served(accelerator: Accelerator, method: Any, quantized: bool, compi
     `quantized` base or, `compiled`, in graphs."""
     kind = accelerator.distributed_type
     if kind not in _SERVED:
-        wrong = f"{kind.value} is not served: its engine steps, clips and saves by itself, out of adapters' sight"
+        wrong = NO_DEEPSPEED if kind is DistributedType.DEEPSPEED else f"{kind.value} is not served"
         raise InputError("accelerate launch", wrong, "take DDP, as in configs/accelerate/ddp.yaml, or FSDP2")
     if not is_sharding(accelerator):
         return
