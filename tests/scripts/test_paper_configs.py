@@ -62,12 +62,27 @@ SMALL = {"rank": 2, "delta": 2, "init_rounds": 1, "init_steps": 2, "init_r": 4, 
          "max_length": 200, "probe_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
          "dataset_split": "train", "dataset_field": ["query", "response"]}  # fmt: skip
 ALWAYS = {"max_train_steps": 2, "logging_steps": 1, "save_steps": 100, "report_to": "none", "num_samples": 0}
-GRIDS = [file for file in FILES if file not in PAPER and read_plan(file).script.endswith("causal_lm.py")]
-RUNS = [(file.stem, read_yaml(file)) for file in PAPER]
-for file in GRIDS:
-    found = {cell.method: dict(cell.settings) for cell in reversed(read_plan(file).cells({}))}
-    forms = {repr(sorted({**s, "rank": 0, "delta": 0}.items(), key=str)): (m, s) for m, s in found.items()}
-    RUNS += [(f"{file.stem}, {method}", settings) for method, settings in forms.values()]  # ranks alone apart: one
+LANGUAGE = ("causal_lm.py", "sequence_classification.py")
+GRIDS = [file for file in FILES if file not in PAPER and read_plan(file).script.endswith(LANGUAGE)]
+# What two runs may differ in and still go the same way through the script.
+SIZES = {"rank", "init_r", "alpha", "delta", "learning_rate", "seed", "init_rounds", "init_steps", "num_train_epochs",
+         "model_name_or_path", "trust_remote_code", "dataset_name", "dataset_field", "dataset_split", "task_name",
+         "prompt_template", "init_noise", "gamma"}  # fmt: skip
+
+
+def runs():
+    """(name, settings): each file once at least, and of the grids each way that one of their methods goes."""
+    found, ways = [pytest.param(file.stem, read_yaml(file), id=file.stem) for file in PAPER], set()
+    for file in GRIDS:
+        first = True
+        for cell in read_plan(file).cells({}):
+            way = repr(sorted((k, v) for k, v in cell.settings.items() if k not in SIZES))
+            if way not in ways or first:
+                name = f"{file.stem}, {cell.method}"
+                found.append(pytest.param(name, dict(cell.settings), id=name))
+            ways.add(way)
+            first = False
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +96,13 @@ def small(tmp_path_factory):
     return place
 
 
-@pytest.mark.parametrize("name,settings", RUNS, ids=[name for name, _ in RUNS])
+def test_every_file_of_a_language_run_makes_two_steps():
+    assert {param.id.partition(",")[0] for param in runs()} == {file.stem for file in [*PAPER, *GRIDS]}
+    rest = [read_plan(file).script for file in FILES if file not in [*PAPER, *GRIDS]]
+    assert set(rest) == {"train_scripts/dreambooth.py"}  # those are in test_paper_images.py
+
+
+@pytest.mark.parametrize("name,settings", runs())
 def test_two_steps_of_a_paper_s_run(scripts, small, name, settings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     glue = "task_name" in settings

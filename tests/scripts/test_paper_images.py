@@ -26,7 +26,8 @@ def cells():
     """(script, settings): each method of each file, those apart in rank and bound alone once; quick: one a script."""
     found, quick = [], set()
     for file in sorted((REPOSITORY / "configs" / "paper").rglob("*.yaml")):
-        if "script" not in (raw := yaml.safe_load(file.read_text())) or raw["script"].endswith("causal_lm.py"):
+        raw = yaml.safe_load(file.read_text())
+        if raw.get("script") not in ("train_scripts/dreambooth.py", "train_scripts/classification.py"):
             continue
         forms = {}
         for cell in read(file).cells({}):
