@@ -54,7 +54,7 @@ def test_every_row_of_the_recipes_is_there():
     for data in ("metamath", "codefeedback", "commonsense"):
         assert {f"odlora_gemma2b_{data}", f"odlora_llama3_8b_{data}"} <= names
     tasks = ("cola", "rte", "mrpc", "stsb", "sst2", "qnli")
-    assert {f"lorasb_roberta_large_{task}" for task in tasks} <= names and len(names) >= 40
+    assert {f"lorasb_roberta_large_{task}" for task in tasks} <= names
 
 
 # Where a paper's number does not fit a model of 16 dimensions.
