@@ -4,10 +4,10 @@
     python eval/od_lora_7.py -o OUT --rounds 1 5 --steps 10 -- --max_train_steps 300    flags after -- go to the script
 
 Each pair is one run of --script, in a folder of its own under --output_dir. Whole runs are kept; cut ones go on from
-their last checkpoint or, where there is none, begin anew: the grid may be stopped at any time. The paper tunes Llama 3
-8B on MetaMathQA and scores GSM8K; it finds little difference, and that more of both helps. What is compared here is the
-mean training loss over the second half of the steps: with one seed every run meets the same images, timesteps and
-noise at the same step. od_lora_7.png and .csv.
+their last checkpoint or, where there is none, begin anew: the grid may be stopped at any time. The paper tunes on
+MetaMathQA, which model it does not say, and scores GSM8K (configs/paper/odlora_figure7.yaml); it finds little
+difference, and that more of both helps. What is compared here is the mean training loss over the second half of the
+steps: with one seed every run meets the same images, timesteps and noise at the same step. od_lora_7.png and .csv.
 """
 
 from __future__ import annotations

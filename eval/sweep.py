@@ -106,13 +106,14 @@ def several(whole: reports.Report, args: argparse.Namespace) -> list[str]:
 
 def conclude(whole: reports.Report, place: Path, args: argparse.Namespace) -> str:
     """Write the report of what has ended so far; returns its verdicts in words."""
-    found, expected = {}, {}
+    ran = {}
     for name, plan in whole.plans.items():
         tuning = plan.tuning_cells(args.only.get("method"))
-        cells = [*tuning, *plan.cells(choices(plan, place / name, tuning, partly=True))]
-        found[name], expected[name] = table.rows(plan, place / name, cells), len({cell.folder for cell in cells})
+        chosen = choices(plan, place / name, tuning, partly=True)
+        cells = [*tuning, *plan.cells(chosen)]
+        ran[name] = reports.Ran(table.rows(plan, place / name, cells), len({cell.folder for cell in cells}), chosen)
     note = "A quick report: it shows that everything runs, and its verdicts mean nothing." * args.quick
-    page = reports.write(whole, place / whole.name, found, expected, note)
+    page = reports.write(whole, place / whole.name, ran, note)
     return f"{(page.parent / 'report.md').read_text()}\nwritten to {page.parent}; look at {page}"
 
 
@@ -211,7 +212,7 @@ def report(plan: Plan, sweep: Path, tuning: list[Cell], only: dict[str, str]) ->
     found = table.rows(plan, sweep, cells)
     table.write(plan, sweep, found, chosen)
     drawn = draw.draw(plan, sweep, found)
-    written = page.write(plan, sweep, found, chosen, drawn, len(cells))
+    written = page.write(plan, sweep, found, chosen, drawn, len({cell.folder for cell in cells}))
     print(f"\n{(sweep / 'table.md').read_text()}\nwritten to {sweep}; look at {written}")
 
 

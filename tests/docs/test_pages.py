@@ -63,6 +63,38 @@ def test_yaml_is_what_its_reader_takes(name, place):
             pages.script(settings["script"]).parse(["--config", "cell.yaml"])
 
 
+# What looks like a measurement: a decimal fraction, or a number with a unit or a spread.
+MEASURED = re.compile(r"(?<![\w./=-])(?:\d+\.\d+(?![\w.])|\d+(?= ?%| ±| points| s\b| MB| GB| min\b))")
+DEFINED = {  # numbers that are somebody's definition or recommendation, and that nothing measures
+    ("docs/evidence.md", "The rule"), ("docs/files.md", "Files and layouts"), ("docs/methods.md", "Optimizers"),
+    ("docs/guides/compare.md", "What is fair"), ("docs/subject_driven.md", "Protocols"),
+    ("docs/vision.md", "What tuning costs an image model"),
+}  # fmt: skip
+
+
+def without_a_command(text):
+    """The headings of the sections that hold a measurement in their prose or tables, and no command."""
+    text, found = re.sub(r"<!-- methods:.*?<!-- end of methods -->", "", text, flags=re.S), []
+    for section in re.split(r"^(?=#{1,3} )", text, flags=re.M):
+        prose = re.sub(r"^```.*?^```|^ {4}.*?$|`[^`]*`|\]\([^)]*\)|\b\d{4}\.\d{5}\b", "", section, flags=re.M | re.S)
+        ours = pages.commands(section) or "python assets/build/build.py" in section
+        if MEASURED.search(prose) and not ours:
+            found.append(section.partition("\n")[0].lstrip("# "))
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_measured_number_has_the_command_beside_it(name):
+    assert set(without_a_command(TEXTS[name])) == {heading for page, heading in DEFINED if page == name}
+
+
+def test_a_number_without_a_command_would_be_found():
+    command = "`python eval/sweep.py --config configs/sweeps/table3.yaml`"
+    assert without_a_command("# A\nIt keeps 95 % of them.\n") == ["A"]
+    assert without_a_command(f"# A\n| LoRA | 0.783 ± 0.1 |\n## B\n{command} gives 0.5.\n") == ["A"]
+    assert without_a_command(f"# A\n{command}: 95 %\n## B\nRank 16, `--delta_ratio 0.1`, [x](a0.5.md).\n") == []
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_links_and_pictures_lead_somewhere(name):
     for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", TEXTS[name]):

@@ -23,20 +23,20 @@ ALWAYS = {"max_train_steps": 2, "logging_steps": 1, "checkpointing_steps": 100, 
 
 
 def cells():
-    """(script, settings): each method of each file, those apart in rank and bound alone once; quick: one a script."""
-    found, quick = [], set()
+    """(script, settings): each method of each file, those apart in rank and bound alone once; quick: one a file."""
+    found = []
     for file in sorted((REPOSITORY / "configs" / "paper").rglob("*.yaml")):
-        if "script" not in (raw := yaml.safe_load(file.read_text())) or raw["script"].endswith("causal_lm.py"):
+        raw = yaml.safe_load(file.read_text())
+        if raw.get("script") not in ("train_scripts/dreambooth.py", "train_scripts/classification.py"):
             continue
         forms = {}
         for cell in read(file).cells({}):
             settings = dict(cell.settings)
             form = {k: v for k, v in settings.items() if k in ("adapter", "p", "optimizer", "with_prior_preservation")}
             forms.setdefault(str(form), (cell.method, settings))
+        own = next(method for method, settings in forms.values() if settings["adapter"] in ("nb_lora", "od_lora"))
         for method, settings in forms.values():
-            first = raw["script"] not in quick and settings["adapter"] in ("nb_lora", "od_lora")
-            quick |= {raw["script"]} if first else set()
-            marks = [] if first else [pytest.mark.slow]
+            marks = [] if method == own else [pytest.mark.slow]
             found.append(pytest.param(raw["script"], settings, id=f"{file.stem}, {method}", marks=marks))
     return found
 

@@ -11,8 +11,8 @@ import yaml
 from vislora.errors import InputError
 from vislora.sweep import report
 from vislora.sweep.plan import read as read_plan
-from vislora.sweep.report import Comparison, judge, verdict
 from vislora.sweep.table import Row
+from vislora.sweep.verdict import Comparison, Judged, judge, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """\
@@ -84,7 +84,14 @@ def test_a_report_runs_its_sweeps_judges_and_goes_on_past_what_fails(place, caps
     page = (place / "out/all/index.html").read_text()
     assert "All &lt;of&gt; it" in page and "Paper, Table 1: a &lt; b" in page and "a learns more: shown" in page
     assert 'href="../one/index.html"' in page and (place / "out/one/index.html").is_file()
-    assert "## b learns more: opposite" in (place / "out/all/report.md").read_text()
+    words = (place / "out/all/report.md").read_text()
+    assert "## b learns more: opposite" in words
+    # Nothing is dropped: what failed stands in the report with its last words, and by which code the rest was made.
+    assert "### two\n\n4 of 8 runs done, 4 failed; seeds 0, 1; by " in words
+    assert words.count("- x, extra=") == 4 and "- x, extra=2, seed=1: exit 1: broken" in words
+    assert page.count("<li>x, extra=") == 4 and "exit 1: broken" in page
+    made = json.loads(next(place.glob("out/one/cells/*/cell.json")).read_text())["made_by"]
+    assert f"by {made} (4)" in words and f"by {made} (8)" in page
     assert "written to" in capsys.readouterr().out
     before = {file: file.stat().st_mtime_ns for file in place.glob("out/*/cells/*/cell.json")}
     assert run(place, "--report") == 0  # from what is there
@@ -104,11 +111,14 @@ def test_quick_makes_every_sweep_small_and_says_so(place):
         "not shown", "not run"}  # fmt: skip
 
 
-def rows(place, numbers):
-    """Rows of plan one: {method: {(seed, extra): value}}."""
+def rows(place, numbers, failed=()):
+    """(plan, its rows) of {method: {(seed, extra): value}}; the rest has no row, and the `failed` an empty one."""
     (place / "grid.yaml").write_text(plan(place, seeds=[0, 1, 2], grid={"extra": [1, 2]}))
-    cells = read_plan(place / "grid.yaml").cells({})
-    return [Row(c, {"loss": numbers[c.method][c.seed, c.varied["extra"]], "mean": None}, 1.0, "") for c in cells]
+    whole = read_plan(place / "grid.yaml")
+    at = {(c.method, c.seed, c.varied["extra"]): c for c in whole.cells({})}
+    found = [Row(c, {"loss": numbers[m][s, e], "mean": None}, 1.0, "") for (m, s, e), c in at.items()
+             if (s, e) in numbers[m]]  # fmt: skip
+    return whole, found + [Row(at[key], {"loss": None, "mean": None}, 1.0, "exit 2: nan") for key in failed]
 
 
 def test_the_rule(place):
@@ -119,7 +129,7 @@ def test_the_rule(place):
 
     def one(above=False, **more):
         more = {"where": {"extra": 1}} | more
-        return judge(Comparison("one", "loss", "a", more.pop("other", "b"), above, **more), found)
+        return judge(Comparison("one", "loss", "a", more.pop("other", "b"), above, **more), *found)
 
     below = one()
     assert below.difference.value == pytest.approx(-1) and below.difference.half == pytest.approx(0.24842, abs=1e-4)
@@ -135,9 +145,31 @@ def test_the_rule(place):
     assert one(above=True, where={}, worst="extra").difference.value == pytest.approx((-1 + 2 - 0.9) / 3)
 
 
+def test_nothing_is_concluded_from_the_runs_that_are_left(place):
+    """Two of three seeds would show it; the third is missing, or has failed, as a method's worst one would."""
+    a = {(0, 1): 1.0, (1, 1): 2.0, (2, 1): 3.0}
+    b = {(0, 1): 2.0, (1, 1): 3.01, (2, 1): 4.0}
+    comparison = Comparison("one", "loss", "a", "b", False, {"extra": 1})
+    assert judge(comparison, *rows(place, {"a": a, "b": b})).verdict == "shown"
+    without = {key: value for key, value in b.items() if key != (2, 1)}
+    missing = judge(comparison, *rows(place, {"a": a, "b": without}))
+    assert (missing.verdict, missing.missing, missing.failed) == ("not run", 1, 0)
+    assert missing.difference.value == pytest.approx(-1.005) and missing.difference.seeds == 2
+    failed = judge(comparison, *rows(place, {"a": a, "b": without}, [("b", 2, 1), ("b", 2, 2)]))
+    assert (failed.verdict, failed.missing, failed.failed) == ("not run", 1, 1)  # extra 2 is not what is compared
+    assert report._said(failed) == "-1.005 ± 0.064 so far, 1 of its pairs missing, 1 failed"
+    # Of a factor's worst value all values are needed: one run that is missing might have been the worst.
+    worst = Comparison("one", "loss", "a", 9, False, worst="extra")
+    assert judge(worst, *rows(place, {"a": a, "b": {}})).verdict == "not run"
+    assert judge(worst, *rows(place, {"a": a | {(s, 2): 8.0 for s in range(3)}, "b": {}})).verdict == "shown"
+    number = Comparison("one", "loss", "a", 9, False, {"extra": 1})
+    constant = judge(number, *rows(place, {"a": {(0, 1): 1.0}, "b": {}}))
+    assert (constant.verdict, constant.missing) == ("not run", 2)
+
+
 def test_a_claim_is_its_comparisons_together():
     def of(*words):
-        return verdict([report.Judged(None, None, word) for word in words])
+        return verdict([Judged(None, None, word) for word in words])
 
     assert of("shown", "shown") == "shown"
     assert of("shown", "not shown") == of("shown", "opposite") == of("not shown", "not shown") == "not shown"
@@ -152,6 +184,8 @@ def test_a_claim_is_its_comparisons_together():
         ({"plan": "one", "column": "loss", "of": "a", "below": "bb"}, "has no method 'bb'"),
         ({"plan": "one", "column": "loss", "of": "a"}, "give one of above and below"),
         ({"plan": "one", "column": "loss", "of": "a", "belo": "b"}, "belo: is unknown here (did you mean below?)"),
+        ({"plan": "one", "column": "loss", "of": "a", "below": "b", "where": {"extra": 3}}, "no run of 'a' is at"),
+        ({"plan": "one", "column": "loss", "of": "a", "below": "b", "since": {"extra": 3}}, "no run of 'a' is at"),
     ],
 )
 def test_a_comparison_that_means_nothing_is_refused_in_one_line(place, comparison, said):
@@ -175,3 +209,27 @@ def test_minutes_stop_a_sweep_and_it_goes_on(place, capsys):
     (place / "script.py").write_text(SCRIPT)
     assert run(place) == 1
     assert json.loads((place / "out/all/verdicts.json").read_text())[0]["verdict"] == "shown"
+
+
+def test_the_whole_tuning_grid_stands_in_the_report(place):
+    """Each value with its score, a diverged one too, the choice, and whether it lies at the end of its list."""
+    script = SCRIPT.replace('given.get("broken")', 'given.get("rate") == 9').replace(
+        'given["base"] / s', 'given["base"] * abs(given["rate"] - given.get("best", 2)) / s')  # fmt: skip
+    (place / "script.py").write_text(script)
+    methods = {"a": {"base": 1}, "b": {"base": 1, "best": 4}, "c": {"base": 3}}
+    tune = {"rate": {"values": {"a": [1, 2, 3, 9], "b": [1, 3], "c": "a"}, "by": "loss", "goal": "min", "seeds": [7]}}
+    (place / "one.yaml").write_text(plan(place, methods=methods, tune=tune))
+    (place / "all.yaml").write_text(yaml.safe_dump({"plans": {"one": {"file": "one.yaml"}}, "claims": []}))
+    assert run(place) == 1  # rate 9 fails
+    # Losses |rate - best| / 4 + 7 / 100.
+    tried = ["| a | rate, by loss | 1: 0.32, 2: 0.07, 3: 0.32, 9: failed | 2 |",
+             "| b | rate, by loss | 1: 0.82, 3: 0.32 | 3, at the end of its list |", "| c | rate, by loss | as a | 2 |"]
+    for file in ("all/report.md", "one/table.md"):
+        text = (place / "out" / file).read_text()
+        assert all(line in text for line in tried), text
+    for file in ("all/index.html", "one/index.html"):
+        text = (place / "out" / file).read_text()
+        assert "<td>1: 0.32, 2: 0.07, 3: 0.32, 9: failed</td><td>2</td>" in text
+        assert "<li>a, rate=9, seed=7: exit 1: broken</li>" in text
+    said = json.loads((place / "out/one/table.json").read_text())["tuning"]
+    assert said[0]["scores"] == [[1, pytest.approx(0.32)], [2, 0.07], [3, pytest.approx(0.32)], [9, None]]

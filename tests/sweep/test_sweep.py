@@ -204,6 +204,7 @@ def test_one_factor_at_a_time_shares_the_run_of_the_centre(sweep):
     sweep.write(factors={"rate": [1, 2], "offset": {"values": [0, 5], "methods": ["lora"]}}, fixed={"offset": 0})
     assert sweep.run()[1] == 0
     assert sorted((r["rate"], r["offset"]) for r in sweep.runs()) == [(1, 0), (1, 5), (2, 0)]
+    assert "3 of 3 runs done, 0 failed; seeds 0; by " in (sweep.out / "index.html").read_text()
     rows = [(r["settings"], r["values"]["score"]["mean"]) for r in sweep.means()]
     assert rows == [({}, 10), ({"rate": 1}, 10), ({"rate": 2}, 20), ({"offset": 0}, 10), ({"offset": 5}, 15)]
 
@@ -249,3 +250,39 @@ def test_equal_values_have_no_interval():
 
     assert interval([0.1, 0.1, 0.1]) == Mean(0.1, 0.0, 3)
     assert interval([1.0, 3.0]).half == pytest.approx(12.7062, abs=1e-3)
+
+
+def test_each_subject_has_its_row_beside_the_mean_over_them(sweep):
+    sweep.write(subjects={"cat": {"offset": 0}, "dog": {"offset": 4}}, seeds=[0, 2])
+    assert sweep.run()[1] == 0
+    assert sweep.table()["lora",]["score"]["mean"] == 13  # scores 10, 12 and 14, 16
+    rows = rows_of(sweep.out / "subjects.csv")
+    assert [(r["method"], r["subject"], float(r["score"]), r["seeds"]) for r in rows] == [
+        ("lora", "cat", 11.0, "2"), ("lora", "dog", 15.0, "2")]  # fmt: skip
+    page = (sweep.out / "index.html").read_text()
+    assert "<td>lora</td><td>cat</td><td>11 <small>" in page and "<td>lora</td><td>dog</td><td>15 <small>" in page
+
+
+def test_a_cell_says_of_which_commit_it_is(tmp_path):
+    """The commit of the root itself, with a word where tracked files differ; the version where there is none."""
+    from vislora.sweep.cells import made_by
+
+    def git(*words):
+        person = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", *person, *words], cwd=root, check=True, capture_output=True, text=True).stdout
+
+    root = tmp_path / "outer"
+    root.mkdir()
+    git("init", "-q")
+    (root / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-qm", "one")
+    git("tag", "v1")
+    commit = git("rev-parse", "HEAD")[:12]
+    assert made_by(root).startswith(f"{commit}, torch ")
+    (root / "other").write_text("untracked")
+    assert made_by(root).startswith(f"{commit}, torch ")
+    (root / "file").write_text("2")
+    assert made_by(root).startswith(f"{commit}-dirty, torch ")
+    (root / "inner").mkdir()
+    assert made_by(root / "inner").startswith("vislora ")  # no repository of its own

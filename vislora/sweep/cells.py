@@ -13,11 +13,13 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from vislora import __version__
 from vislora.sweep.plan import Cell, Plan
 
 STATE, LOG, TRAINED = "cell.json", "log.txt", "trained"
@@ -26,11 +28,27 @@ _GRACE = 20  # seconds a child has to write its checkpoint after SIGTERM
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell ended: `ok`, its seconds, and for a failed one the last line that it printed."""
+    """How a cell ended: `ok`, its seconds, for a failed one the last line that it printed, and of which code."""
 
     ok: bool
     seconds: float
     last: str = ""
+    made_by: str = ""
+
+
+def made_by(root: Path) -> str:
+    """The code that runs: the commit of `root`, "dirty" where tracked files differ from it, and torch's version.
+
+    Without a repository or git it is the package's version.
+    """
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    ceiling = {"GIT_CEILING_DIRECTORIES": str(root.resolve().parent)}  # of `root` itself, none around it
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ceiling})
+        commit = done.stdout.strip() if done.returncode == 0 else ""
+    except OSError:
+        commit = ""
+    return f"{commit or 'vislora ' + __version__}, torch {metadata.version('torch')}"
 
 
 class Place:
@@ -44,7 +62,8 @@ class Place:
         """How it ended; None where it never ran, was cut, or its state cannot be read."""
         try:
             state = json.loads((self.path / STATE).read_text())
-            return Outcome(bool(state["ok"]), float(state["seconds"]), str(state.get("last", "")))
+            words = (str(state.get(key, "")) for key in ("last", "made_by"))
+            return Outcome(bool(state["ok"]), float(state["seconds"]), *words)
         except (OSError, ValueError, KeyError):
             return None
 
@@ -108,7 +127,7 @@ class Runner:
             trained.unlink(missing_ok=True)  # somebody has taken the run away
         if not trained.is_file() and not (place.run / "checkpoints").is_dir():
             shutil.rmtree(place.run, ignore_errors=True)  # nothing to go on from
-        begun, code = time.monotonic(), 0
+        begun, code, code_of = time.monotonic(), 0, made_by(self.root)
         with (place.path / LOG).open("w") as log:
             for command in commands(self.plan, place, self.root):
                 code = self._child(command, log, environment)
@@ -117,8 +136,10 @@ class Runner:
                 trained.touch()  # now, if not before: it is the first command
         if self.stopped:
             return None
-        outcome = Outcome(code == 0, time.monotonic() - begun, "" if code == 0 else _last_line(place.path / LOG, code))
-        state = {"ok": outcome.ok, "seconds": round(outcome.seconds, 1), "last": outcome.last, "label": cell.label}
+        last = "" if code == 0 else _last_line(place.path / LOG, code)
+        outcome = Outcome(code == 0, time.monotonic() - begun, last, code_of)
+        state = {"ok": outcome.ok, "seconds": round(outcome.seconds, 1), "last": last, "label": cell.label,
+                 "made_by": code_of}  # fmt: skip
         state |= {"tuning": cell.tuning} if cell.tuning else {}
         part = place.path / (STATE + ".part")
         part.write_text(json.dumps(state, indent=1) + "\n")

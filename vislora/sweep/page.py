@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 from html import escape
@@ -13,7 +14,7 @@ from vislora.formats.disk import write_bytes
 from vislora.sweep.draw import Drawn
 from vislora.sweep.pictures import Images
 from vislora.sweep.plan import Plan
-from vislora.sweep.table import Row, groups, number
+from vislora.sweep.table import Group, Row, groups, number, tried, tuning_words
 
 STYLE = """
 :root { color-scheme: light }
@@ -38,8 +39,7 @@ def write(plan: Plan, sweep: Path, found: Sequence[Row], chosen: dict[str, dict[
     parts = [count(plan, found, expected), "<h2>Table</h2>", table(plan, found)]
     for one in drawn:
         parts += _figure(one)
-    failed = [row for row in found if row.failure]
-    return whole(title, [*parts, *_choices(chosen), *_failures(failed)], sweep / "index.html")
+    return whole(title, [*parts, *tuning(plan, found, chosen), *failures(found)], sweep / "index.html")
 
 
 def whole(title: str, parts: Sequence[str], path: Path) -> Path:
@@ -54,28 +54,51 @@ def whole(title: str, parts: Sequence[str], path: Path) -> Path:
 
 
 def count(plan: Plan, found: Sequence[Row], expected: int) -> str:
-    """How much of a sweep is there, as a line of HTML."""
-    failed = sum(bool(row.failure) for row in found)
-    return (f'<p class="note">{len(found) - failed} of {expected} runs done, {failed} failed; seeds '
-            f"{', '.join(map(str, plan.seeds))}; {datetime.now():%Y-%m-%d %H:%M}.</p>")  # fmt: skip
+    """How much of a sweep is there, and made by which code, as a line of HTML."""
+    return f'<p class="note">{escape(counted(plan, found, expected))}; {datetime.now():%Y-%m-%d %H:%M}.</p>'
+
+
+def counted(plan: Plan, found: Sequence[Row], expected: int) -> str:
+    """The same in words. A run that stands for several points of the table counts once."""
+    runs, seeds = _runs(found), ", ".join(map(str, plan.seeds))
+    failed = sum(bool(row.failure) for row in runs)
+    return f"{len(runs) - failed} of {expected} runs done, {failed} failed; seeds {seeds}; {codes(found)}"
+
+
+def _runs(found: Sequence[Row]) -> list[Row]:
+    return list({row.cell.folder: row for row in found}.values())
+
+
+def codes(found: Sequence[Row]) -> str:
+    """Which code made the runs, and how many each, in words."""
+    made = Counter(row.made_by or "code that was not recorded" for row in _runs(found))
+    return "by " + ", ".join(f"{words} ({count})" for words, count in made.most_common()) if made else "no code yet"
 
 
 def table(plan: Plan, found: Sequence[Row]) -> str:
-    """The means with their intervals, as a table of HTML."""
+    """The means with their intervals, as a table of HTML; where there are several subjects, for each one below it."""
     shown = groups(plan, found)
     if not shown:
         return '<p class="note">No run of the table has ended yet.</p>'
+    note = "Means over seeds of means over subjects; ± is the half width of the 95 % t interval over seeds."
+    out = f'{_means(plan, shown)}<p class="note">{note} Also in table.csv, table.json and, run by run, cells.csv.</p>'
+    if len(plan.subjects) > 1:
+        each = _means(plan, groups(plan, found, apart=True))
+        out += f"<details><summary>Each subject (subjects.csv)</summary>{each}</details>"
+    return out
+
+
+def _means(plan: Plan, shown: Sequence[Group]) -> str:
     varied = list(dict.fromkeys(name for group in shown for name in group.varied))
-    head = "".join(f"<th>{escape(str(word))}</th>" for word in ("method", *varied, *plan.collect))
+    also = ["subject"] if any(group.subject for group in shown) else []
+    head = "".join(f"<th>{escape(str(word))}</th>" for word in ("method", *also, *varied, *plan.collect))
     body = []
     for group in shown:
         label = escape(group.method) + (f' <small class="failed">{group.failed} failed</small>' if group.failed else "")
-        own = "".join(f"<td>{escape(str(group.varied.get(name, '')))}</td>" for name in varied)
-        means = "".join(f"<td>{_mean(group.means[column])}</td>" for column in plan.collect)
-        body.append(f"<tr><td>{label}</td>{own}{means}</tr>")
-    note = "Means over seeds of means over subjects; ± is the half width of the 95 % t interval over seeds."
-    return (f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
-            f'<p class="note">{note} Also in table.csv, table.json and, run by run, cells.csv.</p>')  # fmt: skip
+        own = [*([group.subject] if also else []), *(group.varied.get(name, "") for name in varied)]
+        cells = [escape(str(value)) for value in own] + [_mean(group.means[column]) for column in plan.collect]
+        body.append(f"<tr><td>{label}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
 def _mean(mean) -> str:
@@ -97,16 +120,19 @@ def _figure(one: Drawn) -> list[str]:
     return [f"<h2>{title}</h2>", about, f"<figure>{image}<figcaption>The numbers: {link}</figcaption></figure>"]
 
 
-def _choices(chosen: dict[str, dict[str, Any]]) -> list[str]:
-    if not chosen:
+def tuning(plan: Plan, found: Sequence[Row], chosen: dict[str, dict[str, Any]], level: int = 2) -> list[str]:
+    """Every value that tuning tried with its score, and its choice, as parts of HTML; none where nothing is tuned."""
+    grid = tried(plan, found, chosen)
+    if not grid:
         return []
-    said = {method: ", ".join(f"{name} = {value}" for name, value in own.items()) for method, own in chosen.items()}
-    rows = "".join(f"<tr><td>{escape(method)}</td><td>{escape(words)}</td></tr>" for method, words in said.items())
-    return ["<h2>What tuning chose</h2>", f'<div class="wide"><table><tbody>{rows}</tbody></table></div>']
+    said = [(one.method, f"{one.setting}, by {one.by}", *tuning_words(one)) for one in grid]
+    rows = "".join(f"<tr>{''.join(f'<td>{escape(word)}</td>' for word in words)}</tr>" for words in said)
+    head = "<tr><th>method</th><th>tuned</th><th>tried</th><th>chosen</th></tr>"
+    return [f"<h{level}>What tuning tried and chose</h{level}>", f'<div class="wide"><table>{head}{rows}</table></div>']
 
 
-def _failures(failed: Sequence[Row]) -> list[str]:
-    if not failed:
-        return []
-    rows = "".join(f"<li>{escape(row.cell.label)}: {escape(row.failure)}</li>" for row in failed)
-    return ["<h2>Runs that failed</h2>", f'<ul class="failed">{rows}</ul>']
+def failures(found: Sequence[Row], level: int = 2) -> list[str]:
+    """The runs that failed, each with its last words, as parts of HTML; none where none did."""
+    rows = [f"<li>{escape(row.cell.label)}: {escape(row.failure)}</li>" for row in _runs(found) if row.failure]
+    head = f"<h{level}>Runs that failed</h{level}>"
+    return [head, f'<ul class="failed">{"".join(rows)}</ul>'] if rows else []

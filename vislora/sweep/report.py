@@ -12,13 +12,8 @@
 
 A comparison holds one or several methods (`of`) against others, or a number, in `above` or `below`. `where` is the
 setting of grid or factors that is meant; `since`: from each value that of this setting is taken off; `worst`: a factor,
-of whose values the least favourable counts, seed by seed; `margin`: how far it may be beaten and still hold.
-
-The rule: differences are taken seed by seed (and subject by subject, then averaged), and have a 95 % interval of
-Student's t over seeds. Where the interval lies wholly on the claimed side (beyond the margin) the comparison is shown,
-wholly on the other it is opposite; else, and with one seed, it is not shown. A claim is shown where all of its
-comparisons are, opposite where none is shown and one is opposite, and not shown otherwise. Intervals are not widened
-for their number.
+of whose values the least favourable counts, seed by seed; `margin`: how far it may be beaten and still hold. What
+verdicts mean, verdict.py says.
 """
 
 from __future__ import annotations
@@ -26,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -36,36 +31,12 @@ from vislora.errors import InputError, near
 from vislora.formats.disk import write_bytes
 from vislora.sweep import page, plan
 from vislora.sweep.plan import Plan
-from vislora.sweep.table import Mean, Row, over_seeds
+from vislora.sweep.table import Row, tried, tuning_markdown
+from vislora.sweep.verdict import RULE, Comparison, Judged, judge, meant, verdict
 
-SHOWN, NOT_SHOWN, OPPOSITE, MISSING = "shown", "not shown", "opposite", "not run"
 _KEYS = ("title", "plans", "claims")
 _OF_CLAIM = ("claim", "paper", "comparisons")
 _OF_COMPARISON = ("plan", "column", "of", "above", "below", "where", "since", "worst", "margin")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One column of one method held against another method's, or a number."""
-
-    plan: str
-    column: str
-    method: str
-    other: str | float
-    above: bool
-    where: dict[str, Any] = field(default_factory=dict)
-    since: dict[str, Any] | None = None
-    worst: str | None = None
-    margin: float = 0.0
-
-    def __str__(self) -> str:
-        words = [f"{name} {value}" for name, value in self.where.items()]
-        words += [f"less that at {name} {value}" for name, value in (self.since or {}).items()]
-        words += [f"the worst {self.worst}"] if self.worst else []
-        side = "above" if self.above else "below"
-        slack = f" less {self.margin:g}" if self.margin and self.above else f" plus {self.margin:g}" * bool(self.margin)
-        about = f" ({', '.join(words)})" if words else ""
-        return f"{self.column}{about} of {self.method} {side} {self.other}{slack}"
 
 
 @dataclass(frozen=True)
@@ -85,15 +56,6 @@ class Report:
     title: str
     plans: dict[str, Plan]
     claims: list[Claim]
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A comparison's outcome: the mean difference (method less other) with its interval, None where it was not run."""
-
-    comparison: Comparison
-    difference: Mean | None
-    verdict: str
 
 
 def is_report(file: str | Path) -> bool:
@@ -155,74 +117,44 @@ def _comparisons(given: Any, plans: Mapping[str, Plan], where: str, quick: bool)
         if word not in whole.methods and not quick:
             raise InputError(where, f"{whole.name} has no method {word!r}{near(word, whole.methods)}", "mend it")
     more = {key: about[key] for key in ("where", "since", "worst", "margin") if key in about}
-    return [
+    found = [
         Comparison(about["plan"], about["column"], str(a), b if isinstance(b, str) else float(b), above, **more)
         for a in of for b in than
         if {a, *([b] if isinstance(b, str) else [])} <= set(whole.methods)
     ]  # fmt: skip
+    cells = [] if quick else whole.cells({})
+    for one in found if cells else []:
+        for method in [one.method, *([one.other] if isinstance(one.other, str) else [])]:
+            own = [cell for cell in cells if cell.method == method]
+            if not any(meant(one, c) for c in own) or one.since not in (None, *(c.varied for c in own)):
+                wrong = f"no run of {method!r} is at {one.where} and {one.since}"
+                raise InputError(where, wrong, "see the sweep's grid and factors")
+    return found
 
 
-def judge(one: Comparison, found: Sequence[Row]) -> Judged:
-    """Hold a comparison against the rows of its plan, by the rule above."""
-    ours = _values(one, one.method, found)
-    theirs = _values(one, one.other, found) if isinstance(one.other, str) else dict.fromkeys(ours, one.other)
-    both = [key for key in ours if key in theirs]
-    mean = over_seeds([(seed, ours[subject, seed] - theirs[subject, seed]) for subject, seed in both])
-    if mean is None:
-        return Judged(one, None, MISSING)
-    if math.isnan(mean.half):
-        return Judged(one, mean, NOT_SHOWN)
-    ahead = (mean.value if one.above else -mean.value) + one.margin
-    verdict = SHOWN if ahead > mean.half else OPPOSITE if ahead < -mean.half else NOT_SHOWN
-    return Judged(one, mean, verdict)
+@dataclass(frozen=True)
+class Ran:
+    """What there is of a plan: its rows, the number of runs that it has in all, and what tuning chose."""
+
+    rows: Sequence[Row]
+    expected: int
+    chosen: dict[str, dict[str, Any]]
 
 
-def _values(one: Comparison, method: str, found: Sequence[Row]) -> dict[tuple[str | None, int], float]:
-    """{(subject, seed): the column of a method as the comparison means it}."""
-    by: dict[tuple[str | None, int], list[float]] = {}
-    base: dict[tuple[str | None, int], float] = {}
-    counts: dict[tuple[str | None, int], int] = {}
-    for row in found:
-        cell, value = row.cell, row.values[one.column]
-        if cell.method != method or cell.tuning is not None:
-            continue
-        key = cell.subject, cell.seed
-        if one.since is not None and cell.varied == one.since and value is not None:
-            base[key] = value
-        rest = {name: v for name, v in cell.varied.items() if name != one.worst}
-        if rest == one.where:  # of a factor, the point that it is varied around counts too
-            counts[key] = counts.get(key, 0) + 1
-            by.setdefault(key, []).extend([] if value is None else [value])
-    most = max(counts.values(), default=0)
-    worst = min if one.above else max
-    out = {key: worst(values) for key, values in by.items() if values and len(values) == most}
-    return out if one.since is None else {key: out[key] - base[key] for key in out if key in base}
-
-
-def verdict(judged: Sequence[Judged]) -> str:
-    """Of a claim, from its comparisons'."""
-    said = [one.verdict for one in judged]
-    if not said or MISSING in said:
-        return MISSING
-    if all(word == SHOWN for word in said):
-        return SHOWN
-    return OPPOSITE if OPPOSITE in said and SHOWN not in said else NOT_SHOWN
-
-
-def write(report: Report, folder: Path, found: Mapping[str, Sequence[Row]], expected: Mapping[str, int],
-          note: str = "") -> Path:  # fmt: skip
+def write(report: Report, folder: Path, ran: Mapping[str, Ran], note: str = "") -> Path:
     """verdicts.json, report.md and index.html in `folder`; returns the page's path.
 
-    found: the rows of each plan, whose own page lies in the folder of its name beside `folder`. expected: how many
-    runs it has. note: said above everything else.
+    ran: what there is of each plan, whose own page lies in the folder of its name beside `folder`. note: said above
+    everything else.
     """
-    judged = [(claim, [judge(one, found[one.plan]) for one in claim.comparisons]) for claim in report.claims]
+    judged = [(claim, [judge(one, report.plans[one.plan], ran[one.plan].rows) for one in claim.comparisons])
+              for claim in report.claims]  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     said = [{"claim": claim.name, "paper": claim.paper, "verdict": verdict(each),
              "comparisons": [_as_json(one) for one in each]} for claim, each in judged]  # fmt: skip
     write_bytes(folder / "verdicts.json", (json.dumps(said, indent=1, ensure_ascii=False) + "\n").encode())
-    write_bytes(folder / "report.md", markdown(report, judged, note).encode())
-    rule = escape(__doc__.partition("The rule: ")[2].strip())
+    write_bytes(folder / "report.md", markdown(report, judged, ran, note).encode())
+    rule = escape(RULE)
     parts = [f'<p class="note">{escape(note)}</p>' if note else "", "<h2>The claims</h2>", _overview(judged)]
     for claim, each in judged:
         lines = "".join(f"<tr><td>{escape(str(one.comparison))}</td><td>{_said(one)}</td><td>{one.verdict}</td></tr>"
@@ -232,8 +164,10 @@ def write(report: Report, folder: Path, found: Mapping[str, Sequence[Row]], expe
                   f'<div class="wide"><table>{head}{lines}</table></div>']  # fmt: skip
     parts += ["<h2>The rule</h2>", f"<p>{rule}</p>", "<h2>The sweeps</h2>"]
     for name, one in report.plans.items():
+        rows = ran[name].rows
         parts += [f'<h3><a href="../{name}/index.html">{escape(one.title or name)}</a></h3>',
-                  page.count(one, found[name], expected[name]), page.table(one, found[name])]  # fmt: skip
+                  page.count(one, rows, ran[name].expected), page.table(one, rows),
+                  *page.tuning(one, rows, ran[name].chosen, 4), *page.failures(rows, 4)]  # fmt: skip
     return page.whole(report.title, parts, folder / "index.html")
 
 
@@ -243,10 +177,12 @@ def _overview(judged: Sequence[tuple[Claim, Sequence[Judged]]]) -> str:
 
 
 def _said(one: Judged) -> str:
+    lacks = [f"{one.missing} of its pairs missing"] * bool(one.missing) + [f"{one.failed} failed"] * bool(one.failed)
     if one.difference is None:
-        return ""
+        return ", ".join(lacks)
     half = one.difference.half
-    return f"{one.difference.value:+.4g}" + (" (one seed)" if math.isnan(half) else f" ± {half:.2g}")
+    words = f"{one.difference.value:+.4g}" + (" (one seed)" if math.isnan(half) else f" ± {half:.2g}")
+    return words + (f" so far, {', '.join(lacks)}" if lacks else "")
 
 
 def _as_json(one: Judged) -> dict[str, Any]:
@@ -254,15 +190,24 @@ def _as_json(one: Judged) -> dict[str, Any]:
     if mean is not None and not math.isnan(mean.half):
         half = mean.half
     about = {"seeds": mean.seeds, "difference": mean.value, "half": half} if mean is not None else {}
+    about |= {"missing": one.missing, "failed": one.failed} if one.missing else {}
     return {"plan": one.comparison.plan, "comparison": str(one.comparison), **about, "verdict": one.verdict}
 
 
-def markdown(report: Report, judged: Sequence[tuple[Claim, Sequence[Judged]]], note: str = "") -> str:
-    """The verdicts as Markdown, each claim with its comparisons."""
+def markdown(report: Report, judged: Sequence[tuple[Claim, Sequence[Judged]]], ran: Mapping[str, Ran],
+             note: str = "") -> str:  # fmt: skip
+    """The verdicts as Markdown, each claim with its comparisons; then what each sweep holds, tried and failed at."""
     lines = [f"# {report.title}", "", *([note, ""] if note else []), "| claim | verdict |", "|---|---|"]
     lines += [f"| {claim.name} | {verdict(each)} |" for claim, each in judged]
     for claim, each in judged:
         lines += ["", f"## {claim.name}: {verdict(each)}", "", claim.paper, ""]
         lines += ["| comparison | difference ± half of its 95 % interval | verdict |", "|---|---|---|"]
         lines += [f"| {one.comparison} | {_said(one)} | {one.verdict} |" for one in each]
+    lines += ["", "## The sweeps"]
+    for name, one in report.plans.items():
+        rows = ran[name].rows
+        lines += ["", f"### {name}", "", page.counted(one, rows, ran[name].expected) + "."]
+        lines += tuning_markdown(tried(one, rows, ran[name].chosen)).splitlines()
+        failed = {row.cell.folder: f"- {row.cell.label}: {row.failure}" for row in rows if row.failure}
+        lines += ["", *failed.values()] if failed else []
     return "\n".join(lines) + "\n"
