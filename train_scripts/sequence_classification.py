@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     torch.backends.cuda.matmul.allow_tf32 = options.tf32
     use_cores(accelerator.num_processes, options.cpu_threads)
 
-    RunFolder.check(options.output_dir, options.resume_from_checkpoint)
+    RunFolder.check(options.output_dir, options.resume_from_checkpoint, data=options.data)
     name, more = options.model_name_or_path, {"trust_remote_code": options.trust_remote_code}
     tokenizer = models.load_tokenizer(options.tokenizer_name or name, options.revision, options.trust_remote_code)
     with accelerator.main_process_first():
@@ -149,6 +149,7 @@ class Run:
 
     def go(self) -> None:
         """Train, from the start or a checkpoint, and leave the run's results in its folder."""
+        self.best: dict[str, float] = {}
         o, start = self.options, 0 if self.options.resume_from_checkpoint is None else self.resume()
         if self.main:
             begin(self.folder, o, self.adapter)
@@ -157,7 +158,6 @@ class Run:
                 steps = itertools.count()  # a data-driven start sees the run's first batches
                 self.adapter.prepare(lambda: self.backward(next(steps))["loss"])
                 self.optimizer.zero_grad()
-            self.best: dict[str, float] = {}
             self.train(start, log, stop)
             if self.reads and not processes.stopping(self.accelerator, stop):
                 values = {**self.evaluate(self.total, log), **{f"best_{k}": v for k, v in self.best.items()}}
@@ -174,6 +174,8 @@ class Run:
         o, most = self.options, math.inf if self.options.max_grad_norm is None else self.options.max_grad_norm
         bar = tqdm(total=self.total, initial=start, desc="training", disable=not self.main)
         meter = Meter([self.optimizer], self.accelerator.scaler)
+        if self.reads and self.due(start):  # it comes after the checkpoint, and is made again
+            self.evaluate(start, log)
         self.model.train()
         for step in range(start, self.total):
             parts = self.backward(step)
@@ -199,16 +201,20 @@ class Run:
                     self.optimizer.zero_grad()  # the head's, which is no part of the adapter
                     if self.main:
                         log.write(done, *telemetry.alignment(found))
-            stopping = processes.stopping(self.accelerator, stop)
+            stopping = processes.ends_step(self.accelerator, stop, done == self.total)
             if self.reads and (done % o.save_steps == 0 or stopping):
                 self.save(done)
-            if self.reads and done % (o.eval_steps or self.an_epoch) == 0 and done < self.total:
+            if self.reads and self.due(done):
                 with meter.paused():
                     self.evaluate(done, log)
             if stopping:
                 break
         bar.close()
         self.model.eval()
+
+    def due(self, done: int) -> bool:
+        """Whether the run is evaluated on its way after so many steps."""
+        return 0 < done < self.total and done % (self.options.eval_steps or self.an_epoch) == 0
 
     def backward(self, step: int) -> dict[str, torch.Tensor]:
         """Forward and backward over optimizer step `step`'s batches. Returns the mean loss and the penalty."""
@@ -263,7 +269,7 @@ class Run:
         with processes.written(self.folder, self.main) as folder:
             save_state(
                 folder.checkpoints, step, self.adapter, self.optimizer.optimizer, self.scheduler,
-                self.accelerator.scaler, self.about(), self.options.save_total_limit,
+                self.accelerator.scaler, self.about() | {"best": self.best}, self.options.save_total_limit,
             )  # fmt: skip
 
     def resume(self) -> int:
@@ -274,8 +280,10 @@ class Run:
         if saved.state["data"] != about["data"]:
             raise InputError("--train_file", "holds other rows than the run began with", "restore them, or start anew")
         load_state(saved, self.adapter, self.optimizer.optimizer, self.scheduler, self.accelerator.scaler)
+        self.best = saved.state["best"]
         if self.main:
-            self.folder.rewind(saved.step)
+            again = self.due(saved.step) or saved.step == self.total
+            self.folder.rewind(saved.step, "eval_" if again else None)
             print(f"resumed {saved.path} at step {saved.step}")
         return saved.step
 
