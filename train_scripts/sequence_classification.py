@@ -280,7 +280,7 @@ class Run:
         if saved.state["data"] != about["data"]:
             raise InputError("--train_file", "holds other rows than the run began with", "restore them, or start anew")
         load_state(saved, self.adapter, self.optimizer.optimizer, self.scheduler, self.accelerator.scaler)
-        self.best = saved.state["best"]
+        self.best = saved.state.get("best", {})
         if self.main:
             again = self.due(saved.step) or saved.step == self.total
             self.folder.rewind(saved.step, "eval_" if again else None)
