@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     use_cores(accelerator.num_processes, options.cpu_threads)
 
     # Everything that can be known to be wrong is found before anything large is loaded.
-    RunFolder.check(options.output_dir, options.resume_from_checkpoint, data=options.data)
+    RunFolder.check(options.output_dir, options.resume_from_checkpoint)
     name = options.model_name_or_path
     tokenizer = models.load_tokenizer(options.tokenizer_name or name, options.revision, options.trust_remote_code)
     with accelerator.main_process_first():  # others find the hub's files in the cache

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     torch.backends.cuda.matmul.allow_tf32 = options.tf32
     use_cores(accelerator.num_processes, options.cpu_threads)
 
-    RunFolder.check(options.output_dir, options.resume_from_checkpoint, data=options.data)
+    RunFolder.check(options.output_dir, options.resume_from_checkpoint)
     name, more = options.model_name_or_path, {"trust_remote_code": options.trust_remote_code}
     tokenizer = models.load_tokenizer(options.tokenizer_name or name, options.revision, options.trust_remote_code)
     with accelerator.main_process_first():

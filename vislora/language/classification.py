@@ -59,11 +59,6 @@ class ClassificationOptions(TrainOptions):
     per_device_eval_batch_size: int = option(32, "rows at a time", group=_EVAL)
     eval_steps: int | None = option(None, "evaluate every so many steps; none: after every epoch", group=_EVAL)
 
-    @property
-    def data(self) -> tuple[str | None, str | None]:
-        """Where the rows are."""
-        return self.train_file, self.validation_file
-
     def __post_init__(self):
         super().__post_init__()
         self._least(1, "per_device_eval_batch_size", "eval_steps", "max_train_samples", "max_eval_samples")

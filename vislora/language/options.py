@@ -214,11 +214,6 @@ class CausalLMOptions(TrainOptions):
     eval_answers: int = option(0, "generate answers to so many held-out rows and count the right ones", group=_EVAL)
     max_new_tokens: int = option(128, "of a sample or an answer", group=_EVAL)
 
-    @property
-    def data(self) -> tuple[str | None, str | None]:
-        """Where the rows are."""
-        return self.dataset_name, self.eval_dataset_name
-
     def __post_init__(self):
         super().__post_init__()
         self._least(1, "max_train_samples", "max_eval_samples", "per_device_eval_batch_size", "eval_steps",
