@@ -156,6 +156,8 @@ class Run:
         bar = tqdm(total=self.total, initial=start, desc="training", disable=not self.main)
         meter, tokens, logged = Meter([self.optimizer], self.accelerator.scaler), 0, start
         most = math.inf if o.max_grad_norm is None else o.max_grad_norm
+        if self.due(start):  # it comes after the checkpoint, and is made again
+            self.evaluate(start, log)
         self.model.train()
         for step in range(start, self.total):
             parts = self.backward(step)
@@ -187,16 +189,20 @@ class Run:
                     found = probe.cosines(self.adapter, partial(self.backward, done), o.gradient_accumulation_steps)
                     if self.main:
                         log.write(done, *telemetry.alignment(found))
-            if o.eval_steps and done % o.eval_steps == 0 and done < self.total:
-                with meter.paused():
-                    self.evaluate(done, log)  # before it is saved: a run that goes on from here has its line
-            stopping = processes.stopping(self.accelerator, stop)
+            stopping = processes.ends_step(self.accelerator, stop, done == self.total)
             if self.reads and (done % o.save_steps == 0 or stopping):
                 self.save(done)
+            if self.due(done):
+                with meter.paused():
+                    self.evaluate(done, log)
             if stopping:
                 break
         bar.close()
         self.model.eval()
+
+    def due(self, done: int) -> bool:
+        """Whether the run is evaluated on its way after so many steps."""
+        return 0 < done < self.total and done % (self.options.eval_steps or self.total) == 0
 
     def window(self, step: int) -> range:
         """The rows of optimizer step `step`: of all its batches, on all processes."""
@@ -262,7 +268,8 @@ class Run:
             raise InputError(self.options.dataset_name, wrong, "restore them, or start a new run")
         load_state(saved, self.adapter, self.optimizer.optimizer, self.scheduler, self.accelerator.scaler)
         if self.main:
-            self.folder.rewind(saved.step)
+            again = self.due(saved.step) or saved.step == self.total
+            self.folder.rewind(saved.step, "eval_" if again else None)
             print(f"resumed {saved.path} at step {saved.step}")
         return saved.step
 

@@ -183,7 +183,7 @@ class Run:
                     self.probe(done, log)
                 if done % self.every == 0 or done == self.total:
                     self.measure(done, log)
-                stopping = processes.stopping(self.accelerator, stop)
+                stopping = processes.ends_step(self.accelerator, stop, done == self.total)
                 if self.reads and (done % o.checkpointing_steps == 0 or stopping):
                     with processes.written(self.folder, self.main) as folder:
                         self.tuned.save(folder.checkpoints, done, self.about())

@@ -158,9 +158,10 @@ class Run:
         o, start = self.options, 0 if self.options.resume_from_checkpoint is None else self.resume()
         if self.main:
             begin(self.folder, o, self.adapter)
+        if self.reads and start < self.total and start % (o.validation_steps or self.total) == 0:
+            with self.averaged():  # before the first step; and images come after the checkpoint: are they there?
+                self.validation.sheet(self.sampler, start)
         if start == 0:
-            if self.reads:
-                self.validation.draw(self.sampler, 0)
             steps = itertools.count()  # a data-driven start sees the run's first batches
             self.adapter.prepare(lambda: self.backward(next(steps))["loss"])
             if self.ema is not None:  # which such a start has moved
@@ -168,8 +169,7 @@ class Run:
         if self.reads and (o.drift_steps or self.keeper):
             self.drift = keeping.drift_of(o, self.models, self.adapter)
         settings = {name: str(value) for name, value in config.to_dict(o).items()}
-        kind = o.report_to if self.main else "none"
-        with telemetry.Log(self.folder, kind, settings) as log, InterruptFlag() as stop:
+        with telemetry.Log(self.folder, o.report_to if self.main else "none", settings) as log, InterruptFlag() as stop:
             self.train(start, log, stop)
             if self.reads and not processes.stopping(self.accelerator, stop):
                 with processes.written(self.folder, self.main) as folder, self.averaged():
@@ -213,7 +213,7 @@ class Run:
                     drift = self.drift.measure()
                 if self.main:
                     log.write(done, drift, {})
-            stopping = processes.stopping(self.accelerator, stop)
+            stopping = processes.ends_step(self.accelerator, stop, done == self.total)
             if self.reads and (done % o.checkpointing_steps == 0 or stopping or (done == self.total and self.keeper)):
                 self.save(done)
             if self.reads and o.validation_steps and done % o.validation_steps == 0 and done < self.total:

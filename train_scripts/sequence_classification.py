@@ -172,6 +172,8 @@ class Run:
         o, most = self.options, math.inf if self.options.max_grad_norm is None else self.options.max_grad_norm
         bar = tqdm(total=self.total, initial=start, desc="training", disable=not self.main)
         meter = Meter([self.optimizer], self.accelerator.scaler)
+        if self.reads and self.due(start):  # it comes after the checkpoint, and is made again
+            self.evaluate(start, log)
         self.model.train()
         for step in range(start, self.total):
             parts = self.backward(step)
@@ -197,16 +199,20 @@ class Run:
                     self.optimizer.zero_grad()  # the head's, which is no part of the adapter
                     if self.main:
                         log.write(done, *telemetry.alignment(found))
-            if self.reads and done % (o.eval_steps or self.an_epoch) == 0 and done < self.total:
-                with meter.paused():
-                    self.evaluate(done, log)  # before it is saved, with the best so far
-            stopping = processes.stopping(self.accelerator, stop)
+            stopping = processes.ends_step(self.accelerator, stop, done == self.total)
             if self.reads and (done % o.save_steps == 0 or stopping):
                 self.save(done)
+            if self.reads and self.due(done):
+                with meter.paused():
+                    self.evaluate(done, log)
             if stopping:
                 break
         bar.close()
         self.model.eval()
+
+    def due(self, done: int) -> bool:
+        """Whether the run is evaluated on its way after so many steps."""
+        return 0 < done < self.total and done % (self.options.eval_steps or self.an_epoch) == 0
 
     def backward(self, step: int) -> dict[str, torch.Tensor]:
         """Forward and backward over optimizer step `step`'s batches. Returns the mean loss and the penalty."""
@@ -271,9 +277,10 @@ class Run:
         if saved.state["data"] != about["data"]:
             raise InputError("--train_file", "holds other rows than the run began with", "restore them, or start anew")
         load_state(saved, self.adapter, self.optimizer.optimizer, self.scheduler, self.accelerator.scaler)
-        self.best = dict(saved.state.get("best", {}))
+        self.best = saved.state.get("best", {})
         if self.main:
-            self.folder.rewind(saved.step)
+            again = self.due(saved.step) or saved.step == self.total
+            self.folder.rewind(saved.step, "eval_" if again else None)
             print(f"resumed {saved.path} at step {saved.step}")
         return saved.step
 

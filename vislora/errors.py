@@ -18,6 +18,10 @@ class VisloraError(Exception):
         self.subject, self.wrong, self.remedy = subject, wrong, remedy
         super().__init__(printable(f"{subject}: {wrong} -> {remedy}"))
 
+    def __reduce__(self) -> tuple:
+        """A loader process sends its errors to the run's."""
+        return type(self), (self.subject, self.wrong, self.remedy)
+
 
 class InputError(VisloraError, ValueError):
     """The caller's input (a file, a flag, an argument) cannot be used."""

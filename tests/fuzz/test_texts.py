@@ -1,4 +1,4 @@
-"""Damaged captions, configurations and sweeps."""
+"""Damaged captions, rows of texts, configurations and sweeps."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from vislora.adapters import get, names
 from vislora.config import parse, read_yaml, to_yaml
 from vislora.data.captions import captions
 from vislora.errors import InputError
+from vislora.language.rows import read_rows
 from vislora.sweep import plan
 
 PHOTOS = [SimpleNamespace(path=Path(f"{i}.png")) for i in range(2)]
@@ -117,6 +118,27 @@ def test_captions(tmp_path):
     report("captions", seen)
 
 
+def test_rows(tmp_path):
+    seen, rows = Counter(), [{"text": "a red owl", "label": i, "parts": [1, {"a": None}]} for i in range(2)]
+    deep = st.sampled_from([b"[" * 100_000, b'{"a":' * 100_000])
+    lines = st.one_of(damaged(rows).map(json_lines), bitten(json_lines(rows)), deep)
+    whole = st.one_of(damaged(rows).map(lambda tree: json.dumps(tree).encode()), deep)
+    table = bitten(b'text,label\n"a ""red"" owl",1\n"b\n",2\n')
+    file = st.one_of(*(content.map(lambda x, end=end: (end, x))
+                       for end, content in (("jsonl", lines), ("json", whole), ("csv", table))))  # fmt: skip
+
+    @inputs(0.05)
+    @given(file)
+    def fuzz(case):
+        path = tmp_path / f"rows.{case[0]}"
+        path.write_bytes(case[1])
+        ends_well(lambda: read_rows(str(path)), seen)
+
+    with bounded_memory():
+        fuzz()
+    report("rows of texts", seen)
+
+
 def test_configs(tmp_path):
     seen, file = Counter(), tmp_path / "a.yaml"
     methods = {name: get(name) for name in names()}
@@ -141,7 +163,7 @@ def test_sweeps(tmp_path):
         sweep = plan.read(file)
         return [(cell.label, cell.folder) for cell in (*sweep.tuning_cells(), *sweep.cells({}))]
 
-    @inputs(0.1)
+    @inputs(0.05)
     @given(st.one_of(damaged(SWEEP).map(dumped), documents(dumped(SWEEP).decode())))
     def fuzz(content):
         file.write_bytes(content)

@@ -31,6 +31,7 @@ from reliability.forks import Server
 from script_runs import photograph
 from tiny_lm import folder, sums, write_rows
 from tiny_sd import tiny_sd
+from tiny_vit import image_folder, save_timm
 
 from vislora.io import read
 
@@ -47,7 +48,20 @@ SCRIPTS = {
         "--lr_scheduler", "cosine", "--learning_rate", "0.01", "--checkpointing_steps", "1",
         "--checkpoints_total_limit", "2",
     ),
+    "classification": (
+        "--model_name_or_path", "model", "--dataset_name", "images", "--adapter", "adalora", "--rank", "2", "--init_r",
+        "3", "--tinit", "1", "--tfinal", "1", "--train_batch_size", "3", "--train_val_split", "0.2", "--eval_steps",
+        "1", "--ema_decay", "0.9", "--learning_rate", "0.01", "--checkpointing_steps", "1",
+        "--checkpoints_total_limit", "2",
+    ),
+    "sequence_classification": (
+        "--model_name_or_path", "model", "--train_file", "pairs", "--task_name", "rte", "--adapter", "adalora",
+        "--rank", "2", "--init_r", "3", "--tinit", "1", "--tfinal", "1", "--max_length", "64",
+        "--per_device_train_batch_size", "2", "--learning_rate", "0.01", "--eval_steps", "1", "--save_steps", "1",
+        "--save_total_limit", "2",
+    ),
 }  # fmt: skip
+TIMES = ("seconds_per_step", "images_per_second", "tokens_per_second", "memory_mib")  # two runs differ in these
 USUAL = ("--max_train_steps", str(TOTAL), "--logging_steps", "1", "--report_to", "none", "--cpu_threads", "1")
 
 
@@ -64,12 +78,19 @@ class Verdict:
 def prepare(script: str, place: Path) -> Path:
     """A tiny model and its data in a new folder, where runs of the script are started."""
     place.mkdir()
-    if script == "causal_lm":
-        folder(place / "model")
-        write_rows(place / "rows.jsonl", sums())
-    else:
+    if script == "dreambooth":
         tiny_sd(place / "model")
         photograph(place / "photos")
+    elif script == "classification":
+        save_timm(place / "model")
+        image_folder(place / "images", 3, train=6, test=2)
+    else:
+        folder(place / "model")
+        write_rows(place / "rows.jsonl", sums())
+        (place / "pairs").mkdir()
+        rows = [{"sentence1": f"{a} is", "sentence2": f"{a * 7 % 5}", "label": a % 2} for a in range(10)]
+        write_rows(place / "pairs" / "train.jsonl", rows)
+        write_rows(place / "pairs" / "validation.jsonl", rows[:4])
     return place
 
 
@@ -145,16 +166,19 @@ class Campaign:
             shutil.rmtree(self.place / folder_name, ignore_errors=True)
 
     def _result(self, name: str) -> dict:
-        """What a run has left: tensors as bytes, and its log without the times."""
-        files = {"adapter": self.place / name / "adapter" / "adapter.safetensors"}
-        last = self.place / name / "checkpoints" / f"checkpoint-{TOTAL}"
+        """What a run has left: tensors as bytes, its scores, and its log without the times."""
+        own, last = self.place / name, self.place / name / "checkpoints" / f"checkpoint-{TOTAL}"
+        found = [*sorted((own / "adapter").glob("*.safetensors")), *own.glob("head.safetensors")]
+        files = {f"end {file.name}": file for file in found}
         files |= {file.name: file for file in sorted(last.glob("*.safetensors"))}
         tensors = {
             f"{label}|{key}": t.numpy().tobytes() for label, file in files.items() for key, t in read(file)[0].items()
         }
-        lines = [json.loads(line) for line in (self.place / name / "metrics.jsonl").read_text().splitlines()]
-        log = [(line["step"], line.get("loss"), line.get("lr"), line.get("grad_norm")) for line in lines]
-        return {**tensors, "log": log}
+        lines = [json.loads(line) for line in (own / "metrics.jsonl").read_text().splitlines()]
+        log = [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+        metrics = json.loads((own / "metrics.json").read_text())
+        scores = {key: value for key, value in metrics.items() if key.endswith(("accuracy", "loss"))}
+        return {**tensors, "scores": scores, "log": log}
 
 
 def main() -> None:

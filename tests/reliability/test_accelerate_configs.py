@@ -68,20 +68,23 @@ def launch(place: Path, out: str, name: str, *flags: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_a_cpu_starts_one_process_two_and_two_machines_of_one(tmp_path):
+def test_a_cpu_starts_one_process_two_two_with_half_a_model_each_and_two_machines_of_one(tmp_path):
     place, ports = stage(tmp_path), []
-    for _ in range(2):
+    for _ in range(3):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             ports.append(("--num_processes", "2", "--main_process_port", str(free.getsockname()[1])))
     for out, name, each in (
-        ("single", "single", [()]), ("ddp", "ddp", [ports[0]]),
+        ("single", "single", [()]), ("ddp", "ddp", [ports[0]]), ("shards", "fsdp2", [ports[2]]),
         ("nodes", "ddp_nodes", [(*ports[1], "--machine_rank", rank) for rank in ("0", "1")]),
     ):  # fmt: skip
         started = [launch(place, out, name, *flags) for flags in each]
         said = [process.communicate(timeout=300)[1] for process in started]
         assert not any(process.returncode for process in started), "\n".join(text[-2000:] for text in said)
     processes = [checkpoint.load(place / out / "checkpoints" / "checkpoint-3").state["processes"]
-                 for out in ("single", "ddp", "nodes")]  # fmt: skip
-    assert processes == [1, 2, 2]
+                 for out in ("single", "ddp", "shards", "nodes")]  # fmt: skip
+    assert processes == [1, 2, 2, 2]
     require_equal(state(place / "ddp", 3), state(place / "nodes", 3))
+    copies, shards = (state(place / out, 3) for out in ("ddp", "shards"))
+    assert copies.keys() == shards.keys()
+    assert all((t - shards[key]).abs().max() < 1e-4 for key, t in copies.items() if key.startswith("adapter"))

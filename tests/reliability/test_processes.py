@@ -15,6 +15,7 @@ from reliability.campaign import SCRIPTS as CAMPAIGNS
 from reliability.campaign import Campaign
 from reliability.forks import Server
 from reliability.plays import SCRIPTS, require_equal, stage, state, words
+from safetensors.torch import load_file
 from script_runs import lines
 from tiny_families import build
 from tiny_vit import hf_vit, image_folder, save_clip, save_conv, timm_vit
@@ -27,6 +28,7 @@ RESUME = ("--resume_from_checkpoint", "latest")
 SHARDS = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what accelerate launch sets for FSDP2
 UNEQUAL = ("layers", "seconds_per_step", "images_per_second", "memory_mib")
 BATCH = {"causal_lm": "--per_device_train_batch_size", "sequence_classification": "--per_device_train_batch_size"}
+SAVE = dict.fromkeys(BATCH, "--save_steps")
 
 
 @pytest.fixture(scope="module")
@@ -131,18 +133,21 @@ def test_a_loader_that_is_killed_ends_the_run_in_one_line(server, place):
 
 
 @case("F31", "F33")
-def test_a_process_that_dies_ends_the_others_and_only_as_many_go_on(server, place):
-    flags = ("--max_train_steps", "5", "--output_dir")
-    two(server, place, "causal_lm", *flags, "both")
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name == "causal_lm" else pytest.mark.slow) for name in SCRIPTS
+])  # fmt: skip
+def test_a_process_that_dies_ends_the_others_and_only_as_many_go_on(server, place, name):
+    flags, both, widowed = ("--max_train_steps", "5", "--output_dir"), f"{name}-both", f"{name}-widowed"
+    two(server, place, name, *flags, both)
     start = time.monotonic()
-    pids = start_two(server, place, "causal_lm", *flags, "widowed", faults=((), [["dies_at", {"step": 3}]]))
+    pids = start_two(server, place, name, *flags, widowed, faults=((), [["dies_at", {"step": 3}]]))
     assert [server.wait(pid, 90) for pid in pids] == [3, -9] and time.monotonic() - start < 60
     assert "another process of this run: ended, or is not heard of any more" in error_of(server.log(pids[0]))
-    assert checkpoint.resolve(place / "widowed" / "checkpoints", "latest").name == "checkpoint-3"
-    status, said = server.run("causal_lm", words("causal_lm", *flags, "widowed", *RESUME), place)
+    assert checkpoint.resolve(place / widowed / "checkpoints", "latest").name == "checkpoint-3"
+    status, said = server.run(name, words(name, *flags, widowed, *RESUME), place)
     assert status == 2 and "the run has 2 processes, here are 1 -> start it with 2 processes" in error_of(said)
-    two(server, place, "causal_lm", *flags, "widowed", *RESUME)
-    require_equal(state(place / "both", 5), state(place / "widowed", 5))
+    two(server, place, name, *flags, widowed, *RESUME)
+    require_equal(state(place / both, 5), state(place / widowed, 5))
 
 
 @case("F33")
@@ -183,7 +188,8 @@ def in_shards(server, place, name, *flags) -> None:
     out = f"{name}-shards"
     for which in ("one", "two"):
         shutil.rmtree(place / f"{out}-{which}", ignore_errors=True)
-    flags = ("--max_train_steps", "3", "--checkpointing_steps", "1", *flags, "--train_batch_size")
+    batch, save = BATCH.get(name, "--train_batch_size"), SAVE.get(name, "--checkpointing_steps")
+    flags = ("--max_train_steps", "3", save, "1", *flags, batch)
     assert server.run(name, words(name, *flags, "2", "--output_dir", f"{out}-one"), place)[0] == 0
     flags = (*flags, "1", "--output_dir", f"{out}-two")
     two(server, place, name, *flags, env=SHARDS)
@@ -234,18 +240,28 @@ def test_two_processes_with_half_of_a_denoiser_each_make_the_steps_of_one(server
     assert report["diffusers_export_error"] < 1e-6  # read back over shards
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["classification", "dreambooth"])
-def test_a_signal_to_one_process_of_a_model_in_shards_stops_both_after_the_same_step(server, place, name):
-    out = f"{name}-stopped"
-    flags = ("--max_train_steps", "5", "--train_batch_size", "1", "--checkpointing_steps", "5", "--output_dir", out)
-    signal = [["signals_at", {"step": 3, "numbers": [15]}]]
-    pids = start_two(server, place, name, *flags, faults=((), signal), env=SHARDS)
+SIGNALS = {"ddp": ({}, 2, "checkpoint-4"), "the last step": ({}, 4, "checkpoint-5"), "fsdp2": (SHARDS, 3, None)}
+
+
+@case("F10")
+@pytest.mark.parametrize("name, kind", [
+    pytest.param(name, kind, marks=() if name == "causal_lm" and kind != "fsdp2" else pytest.mark.slow)
+    for name in SCRIPTS for kind in SIGNALS
+])  # fmt: skip
+def test_a_signal_to_one_process_stops_both_after_the_same_step(server, place, name, kind):
+    (env, step, last), out, save = SIGNALS[kind], f"{name}-stopped", SAVE.get(name, "--checkpointing_steps")
+    flags = ("--max_train_steps", "5", BATCH.get(name, "--train_batch_size"), "1", save, "9", "--output_dir", out)
+    for folder in (out, f"{out}-not"):
+        shutil.rmtree(place / folder, ignore_errors=True)
+    signal = [["signals_at", {"step": step, "numbers": [15]}]]
+    pids = start_two(server, place, name, *flags, faults=((), signal), env=env)
     assert [server.wait(pid) for pid in pids] == [143, 143], "\n".join(server.log(pid)[-2000:] for pid in pids)
-    (saved,) = (place / out / "checkpoints").iterdir()
-    assert saved.name in ("checkpoint-3", "checkpoint-4")
-    two(server, place, name, *flags, *RESUME, env=SHARDS)
-    assert state(place / out, 5)
+    (saved,) = (place / out / "checkpoints").iterdir()  # of what it made before the signal, and a step more
+    assert saved.name == last or (last is None and saved.name in ("checkpoint-3", "checkpoint-4"))
+    two(server, place, name, *flags, *RESUME, env=env)
+    two(server, place, name, *flags[:-1], f"{out}-not", env=env)
+    for file in sorted((place / f"{out}-not" / "adapter").glob("*.safetensors")):
+        require_equal(load_file(file), load_file(place / out / "adapter" / file.name))
 
 
 @pytest.mark.slow
@@ -269,6 +285,11 @@ def test_half_of_a_transformer_that_denoises(server, place, kind, tmp_path):
 
 
 @pytest.mark.slow
+def test_half_of_a_text_classifier(server, place):
+    in_shards(server, place, "sequence_classification", "--eval_steps", "2", "--adapter", "sorsa")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("tower", ["vit", "transformers", "open_clip", "conv"])
 def test_half_of_each_kind_of_image_model(server, place, tower, tmp_path):
     if tower == "transformers":
@@ -286,4 +307,4 @@ def test_half_of_each_kind_of_image_model(server, place, tower, tmp_path):
 
 
 def test_what_the_campaign_runs_are_the_scripts():
-    assert set(CAMPAIGNS) <= set(SCRIPTS)
+    assert set(CAMPAIGNS) == set(SCRIPTS)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import vislora
-from vislora import adapters, attach, optim
+from vislora import adapters, attach
 from vislora.training import checkpoint
 from vislora.training.resume import load_state, save_state
 
@@ -21,6 +21,7 @@ TOTAL, EPOCH = 11, 5
 OPTIONS = {
     "adalora": {"init_r": 4, "tinit": 2, "tfinal": 2}, "lora": {"dropout": 0.3}, "sorsa": {"gamma": 1.0},
     "lora_sb": {"init_batches": 2}, "lora_ga": {}, "od_lora": {"init_rounds": 2, "init_steps": 3},
+    "rslora": {"optimal_gradient": True},
 }  # fmt: skip
 # Methods with a schedule, a penalty, a data-driven start or random masks: state of their own.
 STATEFUL = list(OPTIONS)
@@ -29,13 +30,11 @@ STATEFUL = list(OPTIONS)
 class Toy:
     """A run of the library's parts alone: a small model, an adapter, an optimizer with a schedule."""
 
-    def __init__(self, method: str, kind: str = "adamw"):
+    def __init__(self, method: str):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 16)).train()
         self.adapter = attach(self.model, method, rank=2, seed=3, **OPTIONS.get(method, {}))
-        pairs = optim.pairs_of(self.adapter) if kind != "adamw" else None
-        groups = self.adapter.param_groups(0.02)
-        self.optimizer = torch.optim.AdamW(groups) if kind == "adamw" else optim.build(kind, groups, pairs)
+        self.optimizer = torch.optim.AdamW(self.adapter.param_groups(0.02))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - step / 20)
         self.adapter.bind(self.optimizer, TOTAL)
 
@@ -89,8 +88,9 @@ def test_every_method_goes_on_from_every_step(tmp_path, method):
 
 def test_stateful_methods_are_all_of_those():
     """A method that takes a schedule, a penalty or a start on data has options here."""
-    own = [n for n in vislora.methods() if adapters.get(n).needs_prepare or "on_step" in vars(adapters.get(n))]
-    assert own and set(own) <= {*STATEFUL, "rslora", "nb_lora"}
+    kinds = {n: adapters.get(n) for n in vislora.methods()}
+    own = {n for n, m in kinds.items() if m.needs_prepare or vars(m).keys() & {"on_step", "penalty"}}
+    assert own and own <= set(STATEFUL) and set(STATEFUL) <= set(FLAGS)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,8 @@ def place(tmp_path_factory):
 FLAGS = {
     "adalora": ("--init_r", "3", "--tinit", "2", "--tfinal", "2"), "sorsa": (), "lora_sb": ("--init_batches", "2"),
     "lora_ga": (), "od_lora": ("--init_rounds", "2", "--init_steps", "3"), "lora": ("--dropout", "0.3"),
+    "rslora": ("--optimal_gradient",), "scaled_adamw": ("--optimizer", "scaled_adamw"),
+    "lora_pro": ("--optimizer", "lora_pro"), "alt_lora": ("--optimizer", "alt_lora", "--alt_lora_alternate"),
 }  # fmt: skip
 QUICK = dict(zip(SCRIPTS, ("od_lora", "adalora", "sorsa", "lora_sb"), strict=True))  # the others are slow
 CHAINS = [
@@ -112,10 +114,13 @@ CHAINS = [
 @pytest.mark.case("F35", "F36")
 @pytest.mark.parametrize("name, method", CHAINS)
 def test_ten_resumes_in_a_chain(place, tmp_path, monkeypatch, name, method):
-    """Each goes on for one step of two epochs and one; all that was saved after it is what the whole run saved."""
+    """Each goes on for one step of two epochs and one; all that was saved after it is what the whole run saved.
+
+    method: or an optimizer with a state of its own, which trains LoRA.
+    """
     script = load(name)
     monkeypatch.chdir(place)
-    flags = ("--adapter", method, *FLAGS[method])
+    flags = ("--adapter", method if method in STATEFUL else "lora", *FLAGS[method])
     whole, chain = str(tmp_path / "whole"), str(tmp_path / "chain")
     play(script, *flags, "--output_dir", whole)
     more: tuple[str, ...] = ()

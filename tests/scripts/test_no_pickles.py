@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import pickle
 import sys
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from script_runs import REPOSITORY
-from tiny_lm import folder, sums, write_rows
+from reliability.forks import load
+from reliability.plays import SCRIPTS, play, play_one_step, stage
 
 _FOUND: list[str] = []  # what the interpreter itself reports of classes looked up, while a test listens
 _LISTENS = [False]
@@ -33,7 +32,7 @@ def _caller(frame) -> str:
 
 @pytest.fixture
 def calls(monkeypatch):
-    """["module uses function"] for each use of pickle, and of torch's own on top of it."""
+    """["module uses function"] for each use of pickle, and of torch's and numpy's own on top of it."""
     found: list[str] = []
 
     def watched(name, whole):
@@ -43,7 +42,8 @@ def calls(monkeypatch):
 
         return call
 
-    for module, names in ((pickle, ("load", "loads", "dump", "dumps")), (torch, ("load", "save"))):
+    own = ("load", "save")
+    for module, names in ((pickle, ("load", "loads", "dump", "dumps")), (torch, own), (np, (*own, "savez"))):
         for name in names:
             monkeypatch.setattr(module, name, watched(f"{module.__name__}.{name}", getattr(module, name)))
     for name in ("Unpickler", "Pickler"):
@@ -77,36 +77,27 @@ def test_the_audit_sees_every_way(calls, tmp_path):
     torch.load(tmp_path / "a")
     pickle.loads(pickle.dumps(Path))
     pickle.Unpickler(io.BytesIO())
+    np.save(tmp_path / "a.npy", np.array([{}], dtype=object))
+    np.load(tmp_path / "a.npy", allow_pickle=True)
     used = {call.split()[-1] for call in calls}
     assert {"torch.save", "torch.load", "pickle.dumps", "pickle.loads", "pickle.Unpickler"} <= used
+    assert {"numpy.save", "numpy.load", "pickle.dump", "pickle.load"} <= used
     assert any("pathlib.Path" in call for call in _FOUND)
 
 
-def test_dreambooth_saves_resumes_and_exports_without_pickles(run, calls, place):
-    usual = ("--output_dir", "out", "--checkpointing_steps", "1")
-    run(*usual, "--max_train_steps", "1")
-    run(*usual, "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
-    assert (place / "out" / "checkpoints" / "checkpoint-2").is_dir() and not calls + _FOUND
-    require_no_pickled_files(place / "out")
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return stage(tmp_path_factory.mktemp("stage"))
 
 
-def test_causal_lm_saves_and_resumes_without_pickles(calls, tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("causal_lm", REPOSITORY / "train_scripts" / "causal_lm.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    model = folder(tmp_path / "llama")
-    calls.clear()  # the model is made by transformers, before the run
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_it_saves_resumes_and_exports_without_pickles(place, calls, tmp_path, monkeypatch, name):
+    script, out = load(name), tmp_path / "out"
+    monkeypatch.chdir(place)
+    calls.clear()  # the models are made by other libraries, before the run
     _FOUND.clear()
-    write_rows(tmp_path / "rows.jsonl", sums())
-    monkeypatch.chdir(tmp_path)
-    for steps, more in ((1, ()), (2, ("--resume_from_checkpoint", "latest"))):
-        AcceleratorState._reset_state()
-        PartialState._reset_state()
-        with torch.random.fork_rng():
-            script.main([
-                "--model_name_or_path", str(model), "--dataset_name", "rows.jsonl", "--prompt_template", "qa",
-                "--per_device_train_batch_size", "2", "--rank", "2", "--report_to", "none", "--max_length", "128",
-                "--output_dir", "out", "--checkpointing_steps", "1", "--max_train_steps", str(steps), *more,
-            ])  # fmt: skip
-    assert (tmp_path / "out" / "checkpoints" / "checkpoint-2").is_dir() and not calls + _FOUND
-    require_no_pickled_files(tmp_path / "out")
+    flags = ("--max_train_steps", "3", "--output_dir", str(out))
+    assert play_one_step(script, monkeypatch, *flags) == 143
+    play(script, *flags, "--resume_from_checkpoint", "latest")
+    assert (out / "checkpoints" / "checkpoint-3").is_dir() and (out / "adapter").is_dir() and not calls + _FOUND
+    require_no_pickled_files(out)

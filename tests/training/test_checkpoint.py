@@ -1,5 +1,6 @@
 """A complete checkpoint is never lost, a damaged one never read, and what comes back is what was saved."""
 
+import hashlib
 import json
 import logging
 import os
@@ -235,6 +236,23 @@ def test_a_hostile_manifest_reaches_no_file_outside_and_strangers_are_never_open
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="outside.safetensors, which is not a file of the folder"):
         load(path)
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("state.json", b"[" * 100_000, "cannot be read"), ("state.json", b"{", "cannot be read"),
+    ("state.json", b"[]", "state.json holds no object"), ("adapter.safetensors", b"x" * 40, "cannot be read"),
+    ("manifest.json", b"[" * 100_000, "manifest.json cannot be read"),
+])  # fmt: skip
+def test_files_that_agree_with_their_hashes_and_hold_something_else_are_refused(tmp_path, name, content, words):
+    path = save(tmp_path, 1, weights(1), {}, None)
+    (path / name).write_bytes(content)
+    if name != "manifest.json":
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=f"checkpoint-1: .*{words}") as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_require_space_names_what_is_free(tmp_path):

@@ -13,7 +13,7 @@ from torch import nn
 
 from vislora import adapters
 from vislora.errors import InputError
-from vislora.training.processes import blocks, leave, require_served, stopping, written
+from vislora.training.processes import blocks, ends_step, leave, require_served, stopping, written
 from vislora.training.run import InterruptFlag, RunFolder
 
 ALONE = SimpleNamespace(num_processes=1, distributed_type=DistributedType.NO, device=torch.device("cpu"))
@@ -82,8 +82,9 @@ def test_one_process_writes_and_speaks(tmp_path, capsys):
 def test_a_signal_stops_the_run_and_says_how_to_go_on(tmp_path, capsys):
     stop = InterruptFlag()
     leave(ALONE, stop, RunFolder(tmp_path))
+    assert not ends_step(ALONE, stop, False)
     stop.status = 143
-    assert stopping(ALONE, stop)
+    assert stopping(ALONE, stop) and ends_step(ALONE, stop, False)
     with pytest.raises(SystemExit) as end:
         leave(ALONE, stop, RunFolder(tmp_path))
     assert end.value.code == 143

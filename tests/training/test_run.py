@@ -178,6 +178,12 @@ def test_log_appends_strict_json_and_rewind_cuts_what_came_later(tmp_path):
     assert lines[0] == {"step": 1, "loss": 1 / 3, "rates": [1e-4, "inf"]} and lines[1]["loss"] == "nan"
     folder.log(4, {})
     assert folder.lines_file.read_text().endswith('{"step": 4}\n')
+    folder.log(4, {"eval_loss": 1.0, "other": 2})
+    folder.log(3, {"eval_loss": 2.0})
+    folder.rewind(4, "eval_")  # of step 4 alone
+    assert [json.loads(line) for line in folder.lines_file.read_text().splitlines()][3:] == [
+        {"step": 4}, {"step": 3, "eval_loss": 2.0}
+    ]
 
 
 @pytest.mark.case("F38")

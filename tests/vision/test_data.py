@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import os
 import pickle
+import shutil
 import struct
 import sys
 from types import SimpleNamespace
@@ -14,7 +17,7 @@ import pytest
 from PIL import Image
 from tiny_vit import image_folder, parquet_folder
 
-from vislora.errors import InputError
+from vislora.errors import DataChanged, InputError
 from vislora.vision import data
 
 
@@ -235,6 +238,78 @@ def test_sets_of_torchvision_are_read(tmp_path, monkeypatch, make, labels, class
     found = data.load(make.__name__.removeprefix("make_"), "test", root=str(tmp_path), config=config)
     assert found.labels == labels and found.classes == classes
     assert found.read(1).mode == "RGB" and abs(found.read(1).getpixel((0, 0))[0] - 9) <= 2
+
+
+def test_an_image_file_of_torchvisions_is_named_when_it_is_damaged_or_gone(tmp_path):
+    make_food101(tmp_path)
+    found = data.load("food101", "test", root=str(tmp_path))
+    file = tmp_path / "food-101" / "images" / "bread" / "a.jpg"
+    about, content = file.stat(), file.read_bytes()
+    file.write_bytes(b"x" * len(content))
+    os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))  # nothing tells until it is decoded
+    with pytest.raises(InputError, match=r"bread/a.jpg: cannot be decoded") as caught:
+        found.read(0)
+    assert "\n" not in str(caught.value)
+    file.unlink()
+    with pytest.raises(DataChanged, match=r"bread/a.jpg: is gone since the run began"):
+        found.read(0)
+    with pytest.raises(InputError, match=r"bread/a.jpg: cannot be read \(No such file"):
+        data.load("food101", "test", root=str(tmp_path))
+
+
+@pytest.mark.case("F21")
+def test_other_images_are_told_from_those_of_before(tmp_path):
+    """By their files' sizes, or a checksum of what is in memory; sets that datasets reads have neither."""
+    folder = image_folder(tmp_path / "set", classes=2, train=3, test=1)
+    (tmp_path / "idx").mkdir()
+    pixels, labels = np.zeros((4, 28, 28)), np.arange(4) % 2
+    idx(tmp_path / "idx", pixels, labels, packed=False)
+    tables = parquet_folder(tmp_path / "tables", classes=2, train=3, test=2)
+    before = {name: data.load(str(tmp_path / name), "train") for name in ("set", "idx", "tables")}
+    for name, own in before.items():
+        again = data.load(str(tmp_path / name), "train")
+        assert again.fingerprint_of_images() == own.fingerprint_of_images() is not None
+        assert own.subset([2, 0]).marks == (own.marks[2], own.marks[0])
+        assert data.join([own, own]).marks == own.marks * 2
+    Image.new("RGB", (16, 20)).save(folder / "train" / "class1" / "0.png")
+    pixels[3, 0, 0] = 1
+    idx(tmp_path / "idx", pixels, labels, packed=False)
+    shutil.rmtree(tables)
+    parquet_folder(tables, classes=3, train=2)
+    for name, own in before.items():
+        assert data.load(str(tmp_path / name), "train").fingerprint_of_images() != own.fingerprint_of_images(), name
+    assert data.load(str(folder), "train").fingerprint() == before["set"].fingerprint()
+    with pytest.raises(DataChanged, match="class1/0.png: has changed"):
+        before["set"].read(3)
+
+
+@pytest.mark.case("I14", "I11")
+def test_images_in_tables_are_read_as_files_are(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    datasets = pytest.importorskip("datasets")
+    deep = Image.fromarray((np.arange(400, dtype=np.uint32).reshape(20, 20) * 160).astype(np.uint16))
+    clear = Image.new("RGBA", (20, 20), (200, 0, 0, 0))
+    rows = [{"bytes": encoded(image), "path": None} for image in (deep, clear)] + [{"bytes": b"no image", "path": None}]
+    image = pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    (tmp_path / "tables").mkdir()
+    parquet.write_table(pa.table({"image": image, "label": pa.array([0, 1, 0])}), tmp_path / "tables/train-0.parquet")
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["0", "1"]))
+    columns = {"image": rows, "label": [0, 1, 0]}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(tmp_path / "saved"))
+    for place in ("tables", "saved"):
+        found = data.load(str(tmp_path / place), "train")
+        assert np.abs(np.asarray(found.read(0))[..., 0] - np.asarray(deep) / 257).max() <= 0.5
+        assert found.read(1).getpixel((3, 3)) == (255, 255, 255)
+        with pytest.raises(InputError, match=f"{place}, row 2: is not a JPEG, PNG"):
+            found.read(2)
+
+
+def encoded(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
 
 
 def test_filled_layouts_are_read(tmp_path):

@@ -37,8 +37,8 @@ _UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4
 _NO_WHITE = {"F": "float values", "I": "signed or 32-bit values", "LAB": "CIELAB values"}
 _SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 # What Pillow's decoders raise for damaged files: one damaged byte can surface as any of these.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error)
-_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error)
+BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 log = logging.getLogger("vislora")
 
 
@@ -79,11 +79,7 @@ def scan(folder: str | Path, resolution: int) -> list[Photo]:
             continue
         if path.stem.endswith(MASK):
             continue
-        if kind in UNSUPPORTED:
-            raise InputError(str(path), f"is a {kind} file", _CONVERT)
-        if kind in ARCHIVES:
-            raise InputError(str(path), "is an archive, which is not unpacked", "unpack it yourself and remove it")
-        if kind not in EXTENSIONS:
+        if not is_image(path):
             others.append(name)
             continue
         photo = _examine(path, folder, resolution)
@@ -98,6 +94,16 @@ def scan(folder: str | Path, resolution: int) -> list[Photo]:
         raise InputError(str(folder), wrong, f"put {', '.join(FORMATS)} files there")
     log.info("%s: %d photos, %d other entries", printable(str(folder)), len(photos), len(names) - len(photos))
     return photos
+
+
+def is_image(path: Path) -> bool:
+    """Whether its name's ending is of an image. InputError for images of kinds that are not read, and for archives."""
+    kind = path.suffix.lower()
+    if kind in UNSUPPORTED:
+        raise InputError(str(path), f"is a {kind} file", _CONVERT)
+    if kind in ARCHIVES:
+        raise InputError(str(path), "is an archive, which is not unpacked", "unpack it yourself and remove it")
+    return kind in EXTENSIONS
 
 
 def _examine(path: Path, folder: Path, resolution: int) -> Photo:
@@ -149,16 +155,19 @@ def read(path: str | Path) -> Image.Image:
     EXIF orientation is applied; transparent pixels show BACKGROUND; 12- and 16-bit grey is scaled to 8 bits; an
     embedded colour profile is converted to sRGB (a damaged one is passed over). InputError when it cannot be read.
     """
-    path = Path(path)
-    data = _bytes(path)
+    return decode(_bytes(Path(path)), path)
+
+
+def decode(data: bytes, name: str | Path) -> Image.Image:
+    """The same of a file's bytes; `name` stands for it in errors."""
     with warnings.catch_warnings():  # `scan` has told of a damaged EXIF block, by the file's name
         warnings.simplefilter("ignore")
-        image = _decode(data, path)
+        image = _decode(data, name)
         upright = _upright(image)
     try:
         return _to_srgb(upright, _profile(image))
-    except _DAMAGED as error:
-        raise InputError(str(path), f"cannot be read as RGB ({error})", _CONVERT) from error
+    except DAMAGED as error:
+        raise InputError(str(name), f"cannot be read as RGB ({error})", _CONVERT) from error
 
 
 def _bytes(path: Path) -> bytes:
@@ -171,7 +180,7 @@ def _bytes(path: Path) -> bytes:
     return data
 
 
-def _decode(data: bytes, path: Path) -> Image.Image:
+def _decode(data: bytes, path: str | Path) -> Image.Image:
     """The first frame, decoded, 8 bits deep. InputError for what is damaged, too large or has no fixed range."""
     too_large = f"more than the limit of {MAX_PIXELS} pixels"
     try:
@@ -181,11 +190,11 @@ def _decode(data: bytes, path: Path) -> Image.Image:
         image.load()
     except InputError:
         raise
-    except _BOMB as error:
+    except BOMB as error:
         raise InputError(str(path), f"has {too_large}", "scale it down") from error
     except Image.UnidentifiedImageError as error:
         raise InputError(str(path), f"is not a {', '.join(FORMATS)} image", _CONVERT) from error
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise InputError(str(path), f"cannot be decoded ({error})", "replace or remove it") from error
     if image.mode in _NO_WHITE:
         raise InputError(str(path), f"holds {_NO_WHITE[image.mode]}, whose white is not known", "convert it to 8 bits")
@@ -202,7 +211,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF orientation says (Pillow has turned a TIFF already and dropped the tag)."""
     try:
         turn = _UPRIGHT.get(image.getexif().get(0x0112))
-    except _DAMAGED:
+    except DAMAGED:
         return image
     if turn is None:
         return image

@@ -26,6 +26,7 @@ from vislora.diffusion.family import Condition, Family
 from vislora.diffusion.hub import brief
 from vislora.diffusion.quantize import quantize
 from vislora.errors import InputError, near
+from vislora.pretrained import require_weights
 
 SAMPLERS = {
     False: {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler},
@@ -151,7 +152,8 @@ def load(
     configuration, such as another prediction_type. quantization: "nf4" or "int8" for the denoiser's linears and T5's.
 
     InputError when the folder lacks a part, a file of it is broken, or the family is unknown;
-    EnvironmentFault when the hub cannot be reached. Both before any weights are read.
+    EnvironmentFault when the hub cannot be reached. Both before any weights are read. InputError too where a file lacks
+    weights.
     """
     if dtype not in DTYPES:
         raise InputError("dtype", f"{dtype} is no precision to load in", f"one of {', '.join(map(str, DTYPES))}")
@@ -175,6 +177,7 @@ def load(
     parts = {name: getattr(pipe, name) for name in (*family.models, *family.tokenizers)}
     for name in (name for name in family.models if parts[name] is not None):
         part = parts[name].requires_grad_(False).eval()
+        require_weights(part, Path(folder) / name)
         if quantization != "none" and (name == family.denoiser or "T5" in type(part).__name__):
             quantize(part, quantization, torch.device(device))
         part.to(device)

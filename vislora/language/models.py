@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
@@ -20,6 +21,7 @@ from vislora.baselines import Baseline
 from vislora.baselines.full import FullHandle
 from vislora.errors import EnvironmentFault, InputError
 from vislora.handle import Handle
+from vislora.pretrained import whole
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 log = logging.getLogger("vislora")
@@ -32,7 +34,7 @@ def readable(subject: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         brief = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise EnvironmentFault(subject, "the disk is full", "free some space in HF_HOME") from error
@@ -97,9 +99,9 @@ def load(
     with readable(name):
         if quantized is not None:
             more |= {"quantization_config": quantized, "device_map": {"": device}}
-        model = auto.from_pretrained(name, dtype=dtype, **more)
-        if quantized is None:
-            model = model.to(device)
+            model = auto.from_pretrained(name, dtype=dtype, **more)
+        else:
+            model = whole(auto, name, lambda made: [head for head, _ in heads(made)], dtype=dtype, **more).to(device)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # generation asks for it by itself
     return model.requires_grad_(False).eval()

@@ -1,6 +1,6 @@
 """Rows of a data set as dictionaries: local json, jsonl, csv, parquet, folders, or a hub id, with slices.
 
-What only `datasets` can read (parquet, its own saved folders, the hub) needs that package, the rest does not.
+What only `datasets` can read (its own saved folders, the hub) needs that package, the rest does not.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _read_file(path: Path, flag: str) -> list[Row]:
         raise InputError(f"{flag} {path}", f"{path.suffix or 'no ending'} is not read", f"give {', '.join(_KINDS)}")
     try:
         if path.suffix == ".parquet":
-            return _datasets(flag).Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
+            return _parquet(path, flag)
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":
             return list(csv.DictReader(text.splitlines(keepends=True)))
@@ -74,16 +74,26 @@ def _read_file(path: Path, flag: str) -> list[Row]:
         return _checked(path, flag, [_line(path, number, line) for number, line in lines])
     except OSError as error:
         raise InputError(f"{flag} {path}", f"cannot be read ({error.strerror})", "check the file") from None
-    except (ValueError, csv.Error) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except (ValueError, csv.Error, RecursionError) as error:
         raise InputError(f"{flag} {path}", f"cannot be read ({str(error)[:160]})", "check the file") from None
+
+
+def _parquet(path: Path, flag: str) -> list[Row]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (ArrowException, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"{flag} {path}", f"cannot be read ({reason})", "copy it again") from None
 
 
 def _line(path: Path, number: int, line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}:{number}", f"is not JSON ({error})", "one JSON object a line") from None
 
 

@@ -185,7 +185,7 @@ def _read_manifest(path: Path) -> tuple[dict, str | None]:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}, f"no {MANIFEST} (the save was cut short)"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return {}, f"{MANIFEST} cannot be read ({error})"
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         return {}, f"{MANIFEST} is not of format {FORMAT}"
@@ -209,11 +209,18 @@ def load(path: Path) -> Checkpoint:
     """Read a checkpoint onto the CPU, every dtype as it was saved. InputError when it is missing or damaged."""
     path = Path(path)
     manifest, fault = _read_manifest(path)
-    if fault:
-        raise InputError(str(path), fault, "resume from another checkpoint, or --resume_from_checkpoint latest")
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    stems = [Path(name).stem for name in manifest["files"] if name.endswith(".safetensors")]
-    return Checkpoint(manifest["step"], {s: load_file(path / f"{s}.safetensors") for s in stems}, state, path)
+    if fault is None:
+        stems = [Path(name).stem for name in manifest["files"] if name.endswith(".safetensors")]
+        try:
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
+            tensors = {stem: load_file(path / f"{stem}.safetensors") for stem in stems}
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:  # no damage: it was written so
+            fault = f"a file of it cannot be read ({error})"
+        else:
+            if isinstance(state, dict):
+                return Checkpoint(manifest["step"], tensors, state, path)
+            fault = f"{STATE} holds no object"
+    raise InputError(str(path), fault, "resume from another checkpoint, or --resume_from_checkpoint latest")
 
 
 def locate(root: Path, which: str) -> Path:

@@ -163,9 +163,28 @@ def written(folder: RunFolder, main: bool) -> Iterator[RunFolder]:
 
 
 def stopping(accelerator: Accelerator, stop: InterruptFlag) -> bool:
-    """Whether a signal came; in shards to any process, for all go on together or not at all."""
-    asked = torch.tensor(float(bool(stop)))
-    return bool(distributed.mean(asked, accelerator.device) > 0 if is_sharding(accelerator) else asked)
+    """Whether the run ends here, since a signal came; of several processes to any, for all go on together or not at
+    all. With copies of the model that is what `ends_step` found last."""
+    if accelerator.num_processes > 1 and not is_sharding(accelerator):
+        return stop.agreed
+    return bool(distributed.mean(torch.tensor(float(bool(stop))), accelerator.device) > 0)
+
+
+def ends_step(accelerator: Accelerator, stop: InterruptFlag, last: bool) -> bool:
+    """`stopping` at the end of a step. All copies of the model get the same answer at the same step: whether a signal
+    had come by the end of the step before, so that no device is waited for; after the `last` step, by now."""
+    if accelerator.num_processes == 1 or is_sharding(accelerator):
+        return stopping(accelerator, stop)
+    if stop.sent is not None:
+        work, told = stop.sent
+        work.wait()
+        stop.sent, stop.agreed = None, stop.agreed or bool(told)
+    if last and not stop.agreed:
+        stop.agreed = bool(distributed.mean(torch.tensor(float(bool(stop))), accelerator.device) > 0)
+    elif not stop.agreed:
+        told = torch.tensor(float(bool(stop)), device=accelerator.device)
+        stop.sent = torch.distributed.all_reduce(told, async_op=True), told
+    return stop.agreed
 
 
 def leave(accelerator: Accelerator, stop: InterruptFlag, folder: RunFolder) -> None:

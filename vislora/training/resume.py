@@ -19,7 +19,11 @@ from vislora.training.optimizer_state import load_optimizer, optimizer_tensors
 
 
 def require_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]) -> None:
-    """Raise InputError listing every setting that differs, except those in `free`, which no past step depended on."""
+    """Raise InputError listing every setting that differs, except those in `free`, which no past step depended on.
+
+    "adapter_options" holds the adapter's own, which are listed one by one.
+    """
+    saved, now = ({**about, **(about.get("adapter_options") or {}), "adapter_options": None} for about in (saved, now))
     keys = [key for key in {**saved, **now} if key not in free]
     off = [f"{key} was {saved.get(key)!r}, is {now.get(key)!r}" for key in keys if saved.get(key) != now.get(key)]
     if off:

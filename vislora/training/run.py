@@ -210,18 +210,18 @@ class RunFolder:
                             printable(str(self.lines_file)), error.strerror)
             self._log_failed = True
 
-    def rewind(self, step: int) -> None:
-        """Drop the logged lines after `step` (the resumed checkpoint's), and a last line that a kill cut short."""
+    def rewind(self, step: int, again: str | None = None) -> None:
+        """Drop the logged lines after `step` (the resumed checkpoint's), a last line that a kill cut short, and of
+        `step` itself those with a key that begins with `again`: they are made again."""
         if not self.lines_file.exists():
             return
         kept = []
         for line in self.lines_file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-            try:
+            with suppress(ValueError):
                 entry = json.loads(line)
-            except ValueError:
-                continue
-            if line.endswith("\n") and isinstance(entry, dict) and entry.get("step", math.inf) <= step:
-                kept.append(line)
+                at = entry.get("step", math.inf) if isinstance(entry, dict) and line.endswith("\n") else math.inf
+                if at < step or (at == step and not (again and any(key.startswith(again) for key in entry))):
+                    kept.append(line)
         _replace(self.lines_file, "".join(kept))
 
 
@@ -278,6 +278,7 @@ class InterruptFlag:
     """
 
     status: int | None = None
+    agreed, sent = False, None  # of several processes: see `processes.ends_step`
 
     def __bool__(self) -> bool:
         return self.status is not None

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import InterpolationMode, v2
 
+from vislora.errors import VisloraError
 from vislora.training.random import batch_indices, generator
 from vislora.vision.data import ImageSet
 from vislora.vision.models import Preprocess
@@ -89,10 +90,34 @@ class Plain(Dataset):
         return self.transform(self.images.read(i)), self.images.labels[i]
 
 
+class _Told(Dataset):
+    """The same items; an error of ours is an item, since torch makes another error of what a loader process raises."""
+
+    def __init__(self, data: Dataset):
+        self.data = data
+
+    def __getitem__(self, place: int):
+        try:
+            return self.data[place]
+        except VisloraError as error:
+            return error
+
+
+def _collate(items: list) -> list | VisloraError:
+    return next((item for item in items if isinstance(item, VisloraError)), None) or default_collate(items)
+
+
 def batches(data: Dataset, places: Iterable[Sequence[int]], workers: int, device: torch.device) -> Iterator:
-    """The batches of `data` at these lists of places, (images (B, 3, size, size), classes (B,)), on `device`."""
-    loader = DataLoader(data, batch_sampler=places, num_workers=workers, pin_memory=device.type == "cuda")
-    for images, labels in loader:
+    """The batches of `data` at these lists of places, (images (B, 3, size, size), classes (B,)), on `device`.
+
+    Raises what reading an image raises, whichever process reads it.
+    """
+    loader = DataLoader(_Told(data), batch_sampler=places, num_workers=workers, pin_memory=device.type == "cuda",
+                        collate_fn=_collate)  # fmt: skip
+    for batch in loader:
+        if isinstance(batch, VisloraError):
+            raise batch
+        images, labels = batch
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 

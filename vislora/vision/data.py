@@ -10,24 +10,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from zlib import crc32
 
 from PIL import Image
 
 from vislora.data import images
 from vislora.errors import InputError, near
 from vislora.training.random import epoch_order
+from vislora.vision.files import Files
 
 _TESTS = ("test", "validation", "valid", "val", "dev")
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Item i is the RGB image read(i), of class labels[i], called classes[labels[i]]."""
+    """Item i is the RGB image read(i), of class labels[i], called classes[labels[i]].
+
+    marks: what tells image i from others without reading it: its file's bytes, or a CRC-32 of what is in memory; None
+    where nothing is known.
+    """
 
     name: str
     classes: tuple[str, ...]
     labels: tuple[int, ...]
     read: Callable[[int], Image.Image]
+    marks: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -35,7 +42,9 @@ class ImageSet:
     def subset(self, chosen: Sequence[int]) -> ImageSet:
         """The items at these places, in this order."""
         kept, read = list(chosen), self.read
-        return replace(self, labels=tuple(self.labels[i] for i in kept), read=lambda i: read(kept[i]))
+        marks = None if self.marks is None else tuple(self.marks[i] for i in kept)
+        labels = tuple(self.labels[i] for i in kept)
+        return replace(self, labels=labels, read=lambda i: read(kept[i]), marks=marks)
 
     def sample(self, count: int | None, seed: int, stream: str = "subset") -> ImageSet:
         """`count` items by chance of `seed`, in their old order; all for None or a larger count."""
@@ -57,8 +66,20 @@ class ImageSet:
 
     def fingerprint(self) -> str:
         """Of the name, the classes, and every label in order: no image is read for it."""
-        said = repr((Path(self.name).name, self.classes, self.labels)).encode()
-        return sha256(said).hexdigest()
+        return _digest((Path(self.name).name, self.classes, self.labels))
+
+    def fingerprint_of_images(self) -> str | None:
+        """Of every image's mark in order; None where there are none."""
+        return None if self.marks is None else _digest(self.marks)
+
+
+def _digest(values: tuple) -> str:
+    return sha256(repr(values).encode()).hexdigest()
+
+
+def marks_of(pixels: Sequence) -> tuple[int, ...]:
+    """The marks of images in memory: arrays, each contiguous, or their files' bytes."""
+    return tuple(map(crc32, pixels))
 
 
 def load(name: str, split: str, *, config: str | None = None, root: str = "data", image_column: str | None = None,
@@ -125,7 +146,8 @@ def join(sets: Sequence[ImageSet]) -> ImageSet:
         k = max(k for k, start in enumerate(starts) if start <= i)
         return sets[k].read(i - starts[k])
 
-    return replace(first, labels=tuple(label for s in sets for label in s.labels), read=read)
+    marks = None if any(s.marks is None for s in sets) else tuple(mark for s in sets for mark in s.marks)
+    return replace(first, labels=tuple(label for s in sets for label in s.labels), read=read, marks=marks)
 
 
 def pick_split(asked: str, there: Sequence[str], name: str) -> str:
@@ -142,24 +164,34 @@ def pick_split(asked: str, there: Sequence[str], name: str) -> str:
 
 def _images(folder: Path, split: str) -> ImageSet:
     """Every image under folder/SPLIT, or under the folder where it has no such split, by path."""
-    splits = [p.name for p in folder.iterdir() if p.is_dir()]
+    splits = [p.name for p in _folders(folder)]
     there = split in splits or (split in _TESTS and any(word in splits for word in _TESTS))
     place = folder / pick_split(split, splits, str(folder)) if there else folder
-    files = sorted(file for file in place.rglob("*") if file.suffix.lower() in images.EXTENSIONS)
-    if not files:
+    found = _below(place)
+    if not found:
         raise InputError(str(place), "holds no image", "put them there")
-    return ImageSet(str(folder), (), (0,) * len(files), lambda i: images.read(files[i]))
+    files = Files.of(found)
+    return ImageSet(str(folder), (), (0,) * len(found), files.read, files.sizes)
+
+
+def _folders(place: Path) -> list[Path]:
+    """The folders in `place`, by name; hidden ones are passed over, here and below: they are of editors and systems."""
+    return sorted(p for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _below(place: Path) -> list[Path]:
+    """Every image under `place`, in any depth, by path. InputError for one of a kind that is not read."""
+    files = (f for f in sorted(place.rglob("*")) if not any(p.startswith(".") for p in f.relative_to(place).parts))
+    return [file for file in files if images.is_image(file)]
 
 
 def _class_folders(folder: Path, split: str) -> ImageSet:
     """folder/SPLIT/CLASS/*.png and the like; classes are sorted by name, and the same in every split."""
-    splits = sorted(p.name for p in folder.iterdir() if p.is_dir() and any(q.is_dir() for q in p.iterdir()))
+    splits = sorted(p.name for p in _folders(folder) if _folders(p))
     own = folder / pick_split(split, splits, str(folder))
-    classes = sorted({p.name for s in splits for p in (folder / s).iterdir() if p.is_dir()})
-    files = [
-        (file, classes.index(place.name)) for place in sorted(own.iterdir()) if place.is_dir()
-        for file in sorted(place.rglob("*")) if file.suffix.lower() in images.EXTENSIONS
-    ]  # fmt: skip
-    if not files:
+    classes = sorted({p.name for s in splits for p in _folders(folder / s)})
+    found = [(file, classes.index(place.name)) for place in _folders(own) for file in _below(place)]
+    if not found:
         raise InputError(str(own), "holds no image in any class folder", "put them into SPLIT/CLASS/")
-    return ImageSet(str(folder), tuple(classes), tuple(c for _, c in files), lambda i: images.read(files[i][0]))
+    files = Files.of(file for file, _ in found)
+    return ImageSet(str(folder), tuple(classes), tuple(c for _, c in found), files.read, files.sizes)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vislora.errors import InputError
-from vislora.vision.data import ImageSet, pick_split
+from vislora.vision.data import ImageSet, marks_of, pick_split
 
 _STEMS = {"train": "train", "test": "t10k"}
 _EVERY = 5  # of JSON digits, which have no split of their own, every fifth is a test image
@@ -27,7 +27,8 @@ def load(folder: Path, split: str) -> ImageSet:
     split = pick_split(split, list(_STEMS), str(folder))
     pixels, labels = _idx(folder, split) if _idx_files(folder) else _json(_json_folder(folder), split)
     classes = tuple(str(c) for c in range(int(labels.max()) + 1))
-    return ImageSet(str(folder), classes, tuple(labels.tolist()), lambda i: Image.fromarray(pixels[i]).convert("RGB"))
+    read = lambda i: Image.fromarray(pixels[i]).convert("RGB")  # noqa: E731
+    return ImageSet(str(folder), classes, tuple(labels.tolist()), read, marks_of(pixels))
 
 
 def _idx_files(folder: Path) -> list[Path]:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vislora.errors import InputError, near
+from vislora.pretrained import whole
 from vislora.training.random import generator
 
 LIBRARIES = ("timm", "transformers", "open_clip")
@@ -101,7 +103,7 @@ def load(name: str, library: str | None = None, pretrained: str | None = None, s
             tower = _LOADERS[choice.library](choice.name, pretrained)
     except InputError:
         raise
-    except (OSError, RuntimeError, ValueError, KeyError, AssertionError, ImportError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, AssertionError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         wrong = f"could not be loaded by {choice.library} ({reason})"
         remedy = "name a local folder, or a model that can be had"
@@ -186,7 +188,7 @@ def _transformers(name: str, pretrained: str | None) -> Tower:
     if pretrained == "random":
         model = AutoModelForImageClassification.from_config(config)
     else:
-        model = AutoModelForImageClassification.from_pretrained(name, config=config)
+        model = whole(AutoModelForImageClassification, name, config=config)
     head = getattr(model, "classifier", None)
     if not isinstance(head, nn.Linear | nn.Identity):
         wrong = f"{type(model).__name__} has no single linear classifier"

@@ -5,7 +5,6 @@ Reading parquet needs neither that package, which takes seconds to import, nor a
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -13,8 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from vislora.data import images
 from vislora.errors import InputError
-from vislora.vision.data import ImageSet, pick_split
+from vislora.vision.data import ImageSet, marks_of, pick_split
 
 _IMAGES, _LABELS = ("image", "img"), ("label", "labels", "fine_label")
 _SPLIT = re.compile(r"[A-Za-z_]+")
@@ -63,15 +63,16 @@ def _parquet(folder: Path, files: Sequence[Path], image: str | None, *labels: st
     names = about.get("info", {}).get("features", {}).get(label, {}).get("names")
     pictures = table.column(image)
 
-    def read(i: int) -> Image.Image:
+    def held(i: int) -> bytes:
         cell = pictures[i].as_py()
         data = cell["bytes"] if isinstance(cell, dict) else cell
         if data is None:
             raise InputError(str(folder), f"row {i} holds no image's bytes", "save it with the images in it")
-        return _rgb(Image.open(io.BytesIO(data)))
+        return data
 
     values = table.column(label).to_pylist() if labels else [0] * len(table)
-    return _labelled(str(folder), values, names, read)
+    marks = marks_of(map(held, range(len(table))))
+    return _labelled(str(folder), values, names, lambda i: images.decode(held(i), f"{folder}, row {i}"), marks)
 
 
 def _datasets(name: str, split: str, config: str | None, image: str | None, *labels: str | None) -> ImageSet:
@@ -96,12 +97,22 @@ def _datasets(name: str, split: str, config: str | None, image: str | None, *lab
     image = _column(name, table.column_names, image, _IMAGES, "image")
     label = _column(name, table.column_names, labels[0], _LABELS, "label") if labels else None
     pictures = table.select_columns([image])
+    if isinstance(table.features[image], datasets.Image):  # which would decode by rules of its own
+        pictures = pictures.cast_column(image, datasets.Image(decode=False))
+
+    def read(i: int) -> Image.Image:
+        cell = pictures[i][image]
+        if isinstance(cell, dict):
+            held = cell["bytes"]
+            return images.read(cell["path"]) if held is None else images.decode(held, f"dataset {name}, row {i}")
+        return cell.convert("RGB")
+
     names = getattr(table.features[label], "names", None) if labels else None
     values = list(table[label]) if labels else [0] * len(table)
-    return _labelled(name, values, names, lambda i: _rgb(pictures[i][image]))
+    return _labelled(name, values, names, read, None)
 
 
-def _labelled(name: str, values: list, names: Sequence[str] | None, read) -> ImageSet:
+def _labelled(name: str, values: list, names: Sequence[str] | None, read, marks: tuple[int, ...] | None) -> ImageSet:
     """Classes are the names; without any, the values in order."""
     if names is None:
         known = sorted(set(values), key=lambda v: (isinstance(v, str), v))
@@ -109,7 +120,7 @@ def _labelled(name: str, values: list, names: Sequence[str] | None, read) -> Ima
         values, names = [place[v] for v in values], [str(v) for v in known]
     if not values or min(values) < 0:
         raise InputError(f"dataset {name}", "has images without a label in this split", "name a split that has labels")
-    return ImageSet(name, tuple(names), tuple(values), read)
+    return ImageSet(name, tuple(names), tuple(values), read, marks)
 
 
 def _column(name: str, there: Sequence[str], asked: str | None, usual: Sequence[str], what: str) -> str:
@@ -118,7 +129,3 @@ def _column(name: str, there: Sequence[str], asked: str | None, usual: Sequence[
         wrong = f"has no column {asked!r}" if asked else f"has none of the columns {', '.join(usual)}"
         raise InputError(f"dataset {name}", wrong, f"give --{what}_column_name, one of {', '.join(there)}")
     return found[0]
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    return image if image.mode == "RGB" else image.convert("RGB")

@@ -11,6 +11,8 @@ from vislora.vision import data, forgetting
 from vislora.vision.data import ImageSet
 from vislora.vision.options import ClassificationOptions
 
+WHOLE = 10_000  # images that are decoded before a model loads: about ten seconds of photos
+
 
 @dataclass(frozen=True)
 class Sets:
@@ -30,22 +32,33 @@ class Sets:
     few_bank: ImageSet | None
 
     def fingerprints(self) -> dict[str, str]:
-        """What a resumed run must find again: classes, labels and their order, not what is in the images. Banks have no
+        """What a resumed run must find again: classes, labels and their order, and the images' marks. Banks have no
         part in it, since no step is a function of them and --knn may be added later."""
-        return {name: s.fingerprint() for name, s in vars(self).items() if s is not None and "bank" not in name}
+        own = {name: s for name, s in vars(self).items() if s is not None and "bank" not in name}
+        marks = {f"images of {name}": s.fingerprint_of_images() for name, s in own.items()}
+        return {name: s.fingerprint() for name, s in own.items()} | {k: v for k, v in marks.items() if v is not None}
 
     def require_same(self, saved: Mapping[str, str]) -> None:
         """Raise InputError unless these are the sets whose fingerprints were `saved`."""
         for name, own in self.fingerprints().items():
+            part = name.removeprefix("images of ")
             if own != saved.get(name):
-                wrong = f"has other classes or labels, or another order, in {name} than the run began with"
-                raise InputError(f"dataset {vars(self)[name].name}", wrong, "restore them, or start a new run")
+                what = "classes or labels, or another order," if part == name else "images"
+                wrong = f"has other {what} in {part} than the run began with"
+                raise InputError(f"dataset {vars(self)[part].name}", wrong, "restore them, or start a new run")
+
+    def require_readable(self) -> None:
+        """Decode every image of the sets that have at most WHOLE. Raises InputError, naming it, for one that cannot
+        be read; in a larger set that shows when it is drawn."""
+        for part in (self.train, self.validation, self.test, self.source, self.bank):
+            for i in range(len(part) if part is not None and len(part) <= WHOLE else 0):
+                part.read(i)
 
 
 def load(o: ClassificationOptions, offer_bank: bool = False) -> Sets:
     """The options' sets; offer_bank: neighbours too wherever the source has any, whether --knn is given or not.
 
-    Raises InputError for what is missing, and for splits whose classes differ.
+    Raises InputError for what is missing, for splits whose classes differ, and as `Sets.require_readable`.
     """
     words = {"root": o.data_dir, "image_column": o.image_column_name, "label_column": o.label_column_name}
     train = data.load(o.dataset_name, o.train_split, config=o.dataset_config_name, **words)
@@ -57,7 +70,9 @@ def load(o: ClassificationOptions, offer_bank: bool = False) -> Sets:
     train = train.sample(o.max_train_samples, o.seed, "train subset")
     validation = held if len(held) else None
     test = test.sample(o.max_eval_samples, o.seed, "test subset")
-    return Sets(train, validation, test, *_source(o, offer_bank))
+    sets = Sets(train, validation, test, *_source(o, offer_bank))
+    sets.require_readable()
+    return sets
 
 
 def _source(o: ClassificationOptions, offer_bank: bool) -> tuple[ImageSet | None, ...]:

@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from vislora.data import images
 from vislora.errors import InputError
-from vislora.vision.data import ImageSet, pick_split
+from vislora.vision.data import ImageSet, marks_of, pick_split
+from vislora.vision.files import Files
 
 Words = dict[str, Any]
 
@@ -84,7 +88,26 @@ def load(name: str, split: str, root: str, partition: str | None) -> ImageSet:
     labels = tuple(int(label) for label in _labels(found))
     said = getattr(found, "classes", None) or [str(c) for c in range(max(labels) + 1)]
     classes = tuple(c[0] if isinstance(c, tuple) else str(c) for c in said)
-    return ImageSet(name, classes, labels, lambda i: found[i][0].convert("RGB"))
+    files = _files(found)
+    pixels = np.ascontiguousarray(found.data) if hasattr(found, "data") else None
+    marks = files.sizes if files else None if pixels is None else marks_of(pixels)
+    return ImageSet(name, classes, labels, lambda i: _image(name, found, files, i), marks)
+
+
+def _files(found) -> Files | None:
+    """The files of a set of torchvision's; None where it has its images in memory, or in one file."""
+    held = next((h for a in ("_image_files", "_images", "_samples", "samples") if (h := getattr(found, a, None))), None)
+    return held and Files.of(Path(entry[0] if isinstance(entry, tuple) else entry) for entry in held)
+
+
+def _image(name: str, found, files: Files | None, i: int) -> Image.Image:
+    """Image i by torchvision's own reader. InputError where it is damaged, DataChanged where its file has changed."""
+    where = str(files.unchanged(i)) if files else f"dataset {name}, image {i}"
+    try:
+        return found[i][0].convert("RGB")
+    except (*images.DAMAGED, *images.BOMB) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(where, f"cannot be decoded ({reason})", "replace or remove it") from error
 
 
 def _labels(found) -> Sequence[int]:
@@ -134,8 +157,8 @@ def _sun397(root: Path, split: str, partition: str) -> ImageSet:
     files = _lines("sun397", root, base / "Partitions" / f"{word}_{partition.zfill(2)}.txt")
     names = [str(Path(file).parent).strip("/") for file in files]
     classes = sorted(set(names))
-    paths = [base / file.lstrip("/") for file in files]
-    return ImageSet("sun397", tuple(classes), tuple(map(classes.index, names)), lambda i: images.read(paths[i]))
+    found = Files.of(base / file.lstrip("/") for file in files)
+    return ImageSet("sun397", tuple(classes), tuple(map(classes.index, names)), found.read, found.sizes)
 
 
 def _cub200(root: Path, split: str, partition: str) -> ImageSet:
@@ -146,9 +169,9 @@ def _cub200(root: Path, split: str, partition: str) -> ImageSet:
     files, labels, training, names = tables
     side = "1" if pick_split(split, ["train", "test"], "cub200") == "train" else "0"
     own = [key for key in files if training[key] == side]
-    paths = [base / "images" / files[key] for key in own]
+    found = Files.of(base / "images" / files[key] for key in own)
     classes = tuple(name.partition(".")[2] or name for name in names.values())
-    return ImageSet("cub200", classes, tuple(int(labels[key]) - 1 for key in own), lambda i: images.read(paths[i]))
+    return ImageSet("cub200", classes, tuple(int(labels[key]) - 1 for key in own), found.read, found.sizes)
 
 
 _LISTED = {"sun397": _sun397, "cub200": _cub200}
