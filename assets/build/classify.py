@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import world
 from common import WORK, WORLD, load_tensors, pack_optimizer, save_tensors, say, unpack_optimizer
-from data import split, to_float
+from rendered import split, to_float
 from train_clip import augment
 
 #: tiny-dino's ViT: 64 tokens of 8x8 pixels, 2.7 M parameters.

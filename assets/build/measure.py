@@ -15,7 +15,7 @@ import train_vit
 import world
 from classify import accuracy, single_objects
 from common import WORK, WORLD, grid, load_tensors, say
-from data import to_float
+from rendered import to_float
 
 PAIRS, STEPS, GUIDANCE = 100, 25, 4.0
 

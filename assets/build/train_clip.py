@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import words
 import world
 from common import WORK, WORLD, load_tensors, pack_optimizer, save_tensors, say, unpack_optimizer
-from data import split, to_float
+from rendered import split, to_float
 
 TARGET = WORLD / "tiny-clip"
 CHECKPOINT = WORK / "clip.safetensors"

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 import world
 from classify import SHAPE, fit, vit, write_timm
 from common import WORK, load_tensors, save_tensors, say
-from data import to_float
 from PIL import Image
+from rendered import to_float
 from sprites import fetch
 
 STEPS, RATE, BAR = 2400, 5e-4, 0.90

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 import world
 from classify import accuracy, cross_entropy, fit, single_objects
 from common import WORLD, save_tensors, say
-from data import split, to_float
 from PIL import Image
+from rendered import split, to_float
 
 STEPS, RATE, BAR = 4000, 5e-4, 0.95
 TARGET = WORLD / "lpips" / "squeezenet.safetensors"

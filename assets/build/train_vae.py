@@ -9,9 +9,9 @@ import time
 import torch
 import torch.nn.functional as F
 from common import WORK, grid, load_tensors, pack_optimizer, save_tensors, say, to_images, unpack_optimizer
-from data import object_masks, split, to_float
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from rendered import object_masks, split, to_float
 
 CONFIG = dict(
     in_channels=3, out_channels=3, latent_channels=4, sample_size=64, block_out_channels=(32, 64, 64),
