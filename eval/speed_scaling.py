@@ -48,10 +48,17 @@ USUAL = {"rank": 16, "layers": 32, "tokens": 512}
 
 
 def stack(layers: int, tokens: int, width: int = WIDTH) -> Host:
-    """`layers` square linear layers of `width`, one after the other, over `tokens` rows."""
+    """`layers` square linear layers of `width`, one after the other, over `tokens` rows.
+
+    Their weights keep the size of what goes through: by torch's own, a third of its square at every layer, gradients
+    would soon be denormal numbers, which a CPU is slow with.
+    """
 
     def build() -> nn.Module:
-        return nn.ModuleDict({f"layer{i}": nn.Linear(width, width) for i in range(layers)})
+        model = nn.ModuleDict({f"layer{i}": nn.Linear(width, width, bias=False) for i in range(layers)})
+        for layer in model.values():
+            nn.init.normal_(layer.weight, std=width**-0.5)
+        return model
 
     def call(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         x = inputs[0]
