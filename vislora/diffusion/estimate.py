@@ -17,7 +17,7 @@ from vislora.diffusion.models import DiffusionModels
 from vislora.diffusion.noise import Noised
 from vislora.diffusion.options import DreamBoothOptions
 from vislora.handle import Handle
-from vislora.training.memory import STEP, Estimate, held_by, optimizer_state, peak_of, peak_of_step
+from vislora.training.memory import BEFORE, STEP, Estimate, held_by, optimizer_state, peak_of, peak_of_step
 
 
 class _Stand:
@@ -86,7 +86,7 @@ def estimate(
         latents = torch.empty(_latents(models, o.sample_batch_size, side), device=models.device)
         coding.decode(models.vae, latents)
 
-    phases = {"encoding photos": peak_of(encode)}
+    phases = {BEFORE: peak_of(encode)}
     if parameters:
         phases[STEP] = peak_of_step(loss, parameters, o.gradient_accumulation_steps)
     if o.validation_prompt or o.class_images():

@@ -17,14 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-STEP = "training"  # the phase of a run's steps, the one that has the optimizer's state beside it
+STEP, BEFORE = "training", "encoding photos"  # phases of a run: its steps, and the one with no optimizer's state yet
 
 
 @dataclass(frozen=True)
 class Estimate:
     """Bytes of tensors on the device: `models` with what trains, kept all along; `optimizer`'s state and an average;
-    and what each phase needs on top of `models`, the step's on top of the optimizer too. `copy`: of `models`, the
-    base's own values, which full fine-tuning keeps beside those that it trains."""
+    and what each phase needs on top of `models`, and of the optimizer's but in the one before it. `copy`: of `models`,
+    the base's own values, which full fine-tuning keeps beside those that it trains."""
 
     models: int
     optimizer: int
@@ -45,7 +45,7 @@ class Estimate:
         return max(self._parts().values())
 
     def _parts(self) -> dict[str, int]:
-        return {name: self.models + more + (self.optimizer if name == STEP else 0)
+        return {name: self.models + more + (0 if name == BEFORE else self.optimizer)
                 for name, more in self.phases.items()}  # fmt: skip
 
 

@@ -17,7 +17,8 @@ from vislora.vision.state import Tuned
 def estimate(options: ClassificationOptions, adapter: Handle, model: Classifier, accelerator: Accelerator) -> Estimate:
     """Count a step of the run that the options describe, and a batch of its scoring.
 
-    The adapter must be attached and not yet trained. What the best model so far keeps is on the CPU and not counted.
+    The adapter must be attached and not yet trained. While it is scored, an average stands in the place of what trains,
+    which waits aside; and the best so far is kept on the CPU.
     """
     o, side = options, model.tower.preprocess.size
     tuned = Tuned(adapter, model.head, o, 1)
@@ -43,6 +44,8 @@ def estimate(options: ClassificationOptions, adapter: Handle, model: Classifier,
     model.train()
     phases = {STEP: peak_of_step(loss, parameters, o.gradient_accumulation_steps)}
     model.eval()
-    phases["scoring"] = peak_of(score)
+    size = sum(p.nbytes for p in parameters)
+    aside = (0 if tuned.ema is None else size) + (size if accelerator.device.type == "cpu" and o.train_val_split else 0)
+    phases["scoring"] = peak_of(score) + aside
     model.train(training)
     return Estimate(held_by([model]) + adapter.base_copy, state, phases, adapter.base_copy)
