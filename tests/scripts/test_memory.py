@@ -105,8 +105,8 @@ def test_a_classifier_s_and_a_language_model_s_estimates_follow_too(tmp_path, mo
 
 
 def rows(path: Path) -> None:
-    """200 questions of 20 to 240 words, with a label each."""
-    lines = [{"prompt": " ".join(f"{n} and" for n in range(i, i + 10 + i // 2)), "completion": str(i), "label": i % 2}
+    """200 questions of 8 to 24 numbers, with a label each."""
+    lines = [{"prompt": " ".join(f"{n} and" for n in range(i, i + 8 + i // 12)), "completion": str(i), "label": i % 2}
              for i in range(200)]  # fmt: skip
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
