@@ -30,13 +30,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HEAD = ["model", "r", "variant", "step / frozen", "IQR", "/ PEFT's LoRA", "ms", "ops", "casts", "saved", "peak"]
 
 
-def measure(host, rank: int, chosen: list[str], pairs: int, dtype: str, device: str) -> list[dict]:
+def measure(host, rank: int, chosen: list[str], pairs: int, dtype: str, device: str, batch: int = 1) -> list[dict]:
     """One row for each variant on one model at one rank.
 
     Turns alternate their direction, so that no variant always follows the same one; the first two warm up.
     """
     base = model_of(host, DTYPES[dtype], device)
-    variants = {name: Variant(host, name, rank, DTYPES[dtype], device, base) for name in chosen}
+    variants = {name: Variant(host, name, rank, DTYPES[dtype], device, base, batch) for name in chosen}
     seconds: dict[str, list[float]] = {name: [] for name in chosen}
     for turn in range(pairs + 2):
         for name in chosen if turn % 2 else chosen[::-1]:
@@ -45,7 +45,7 @@ def measure(host, rank: int, chosen: list[str], pairs: int, dtype: str, device: 
                 seconds[name].append(took)
     rows = []
     for name in chosen:
-        row = {"model": host.name, "rank": rank, "dtype": dtype, "variant": name, "pairs": pairs,
+        row = {"model": host.name, "rank": rank, "dtype": dtype, "variant": name, "pairs": pairs, "batch": batch,
                "seconds": statistics.median(seconds[name]), **counts(variants[name])}
         for reference in ("frozen", "norms", "peft:lora", "lora"):
             if reference in seconds:
@@ -67,22 +67,28 @@ def table(rows: list[dict]) -> str:
     out = [HEAD]
     for row in rows:
         frozen, peft = row["over frozen"], row.get("over peft:lora", [float("nan")])
-        out.append([f"{row['model']}{' bf16' if row['dtype'] == 'bfloat16' else ''}", str(row["rank"]),
-                    row["variant"], f"{frozen[0]:.3f}", f"{frozen[1]:.3f}-{frozen[2]:.3f}", f"{peft[0]:.3f}",
-                    f"{1000 * row['seconds']:.1f}", str(row["ops"]), str(row["casts"]),
-                    f"{row['saved over frozen']:.3f}", f"{row['peak over frozen']:.3f}"])  # fmt: skip
+        out.append([label(row), str(row["rank"]), row["variant"], f"{frozen[0]:.3f}",
+                    f"{frozen[1]:.3f}-{frozen[2]:.3f}", f"{peft[0]:.3f}", f"{1000 * row['seconds']:.1f}",
+                    str(row["ops"]), str(row["casts"]), f"{row['saved over frozen']:.3f}",
+                    f"{row['peak over frozen']:.3f}"])  # fmt: skip
     return show(out)
+
+
+def label(row: dict) -> str:
+    """The model, its dtype and its batch, where these are not the usual ones."""
+    batch = f" x{row['batch']}" if row["batch"] > 1 else ""
+    return row["model"] + (" bf16" if row["dtype"] == "bfloat16" else "") + batch
 
 
 def plot(rows: list[dict], path: Path) -> None:
     """Bars of step / frozen with their quartiles, a panel for each model and rank."""
     from matplotlib.figure import Figure
 
-    panels = list(dict.fromkeys((row["model"], row["rank"], row["dtype"]) for row in rows))
-    tallest = max(sum((r["model"], r["rank"], r["dtype"]) == panel for r in rows) for panel in panels)
+    panels = list(dict.fromkeys((label(row), row["rank"]) for row in rows))
+    tallest = max(sum((label(row), row["rank"]) == panel for row in rows) for panel in panels)
     figure = Figure(figsize=(4.2 * len(panels), 1.2 + 0.24 * tallest), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        own = [row for row in rows if (row["model"], row["rank"], row["dtype"]) == panel and row["variant"] != "frozen"]
+        own = [row for row in rows if (label(row), row["rank"]) == panel and row["variant"] != "frozen"]
         own.sort(key=lambda row: -row["over frozen"][0])
         middle = [row["over frozen"][0] for row in own]
         sides = [[m - row["over frozen"][1] for m, row in zip(middle, own, strict=True)],
@@ -93,7 +99,7 @@ def plot(rows: list[dict], path: Path) -> None:
                   color=colours, height=0.7)  # fmt: skip
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_xlim(left=min(0.9, *middle))
-        axes.set_title(f"{panel[0]}, r = {panel[1]}{', bf16' if panel[2] == 'bfloat16' else ''}", fontsize=9)
+        axes.set_title(f"{panel[0]}, r = {panel[1]}", fontsize=9)
         axes.set_xlabel("step / frozen model's", fontsize=8)
         axes.tick_params(labelsize=7)
     figure.savefig(path, dpi=110)
@@ -105,6 +111,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--variants", nargs="+", choices=names(), default=names())
     parser.add_argument("--ranks", type=int, nargs="+", help="none: each model's own")
     parser.add_argument("--pairs", type=int, default=20, help="measured turns")
+    parser.add_argument("--batch", type=int, default=1, help="times a model's usual batch: more to do for the device")
     parser.add_argument("--dtype", choices=DTYPES, help="of the base; none: float32, bfloat16 on a GPU")
     parser.add_argument("--size", choices=("usual", "tiny"), default="usual", help="tiny: to see that it runs")
     parser.add_argument("--quick", action="store_true", help="a few minutes' choice of models and variants")
@@ -114,6 +121,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args([word for word in argv if word != "--debug"])
     if args.pairs < 1:
         raise InputError("--pairs", f"{args.pairs} measures nothing", "take 1 or more, 20 for a ratio to trust")
+    if args.batch < 1:
+        raise InputError("--batch", f"{args.batch} is no number of batches", "take 1 or more")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args.hosts = args.hosts or list(FULL if device == "cuda" else SMALL)
     args.dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
@@ -123,7 +132,7 @@ def main(argv: list[str]) -> None:
         rows, began = [], time.perf_counter()
         for name, rank, chosen, dtype in wanted(args.hosts, args.size) if args.check else plan(args):
             host = HOSTS[name](args.size)
-            found = measure(host, rank, chosen, args.pairs, dtype, device)
+            found = measure(host, rank, chosen, args.pairs, dtype, device, args.batch)
             print(table(found), flush=True)
             rows += found
             if args.json:

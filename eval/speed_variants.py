@@ -28,18 +28,20 @@ _STEPS = 100_000  # of the schedules: AdaLoRA's and OD-LoRA's events are not wha
 
 def names() -> list[str]:
     """Every variant's name."""
-    return ["frozen", "joined", "joined:lora", "norms", *(f"peft:{name}" for name in PEFT), *vislora.methods(), "full"]
+    own = [*vislora.methods(), "od_lora:between"]
+    return ["frozen", "joined", "joined:lora", "norms", *(f"peft:{name}" for name in PEFT), *own, "full"]
 
 
 class Variant:
     """A model, its inputs and `step()`."""
 
     def __init__(self, host: Host, name: str, rank: int, dtype: torch.dtype, device: str,
-                 base: nn.Module | None = None):  # fmt: skip
-        """base: a model whose large weights this one shares, where nothing trains them."""
+                 base: nn.Module | None = None, batch: int = 1):  # fmt: skip
+        """base: a model whose large weights this one shares, where nothing trains them. batch: copies of the inputs."""
         self.host, self.name, self.optimizer, self.penalty = host, name, None, None
         self.model = model_of(host, dtype, device) if base is None or name == "full" else _sharing(base)
         self.inputs = tuple(x.to(device, dtype) if x.is_floating_point() else x.to(device) for x in host.inputs())
+        self.inputs = tuple(torch.cat([x] * batch) for x in self.inputs)
         self.inputs[0].requires_grad_(True)
         self.model.train()
         trained: list[nn.Parameter] = []
@@ -55,12 +57,13 @@ class Variant:
             if name == "joined:lora":
                 trained = list(self._attach("lora", rank, list(host.joined_targets)).parameters())
         elif name != "frozen":
-            adapter = self._attach(name, rank)
+            # "between" two renewals of the bases: where more steps are made than there are, none is due.
+            adapter = self._attach(name.removesuffix(":between"), rank, total=1 if ":" in name else _STEPS)
             trained = list(adapter.parameters())
         if trained and self.optimizer is None:
             self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
 
-    def _attach(self, name: str, rank: int, targets: list[str] | None = None) -> vislora.Adapter:
+    def _attach(self, name: str, rank: int, targets: list[str] | None = None, total: int = _STEPS) -> vislora.Adapter:
         kind = adapters.get(name)
         options = {"rank": rank, **QUICK.get(name, {})}
         if name == "nb_lora":
@@ -69,7 +72,7 @@ class Variant:
             options |= {"niter": 1}  # a rough start costs the same steps
         adapter = vislora.attach(self.model, kind(**options), targets=targets or self.host.targets)
         self.optimizer = torch.optim.AdamW(adapter.param_groups(1e-4), weight_decay=0.0, fused=True)
-        adapter.bind(self.optimizer, _STEPS, first_lr=1e-4)
+        adapter.bind(self.optimizer, total, first_lr=1e-4)
         adapter.prepare(self.backward)
         self.penalty = adapter.penalty if kind(**options).has_penalty() else None
         return adapter

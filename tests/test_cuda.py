@@ -13,7 +13,9 @@ from hosts import all_hosts
 from torch import nn
 
 import vislora
+from vislora import linalg, optim
 from vislora.testing.subject import Host, close
+from vislora.training.optimizer_state import load_optimizer, optimizer_tensors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 HOSTS = {
@@ -110,6 +112,43 @@ def test_a_half_base_trains_float32_tensors(method, dtype):
     assert all(side.step(step).isfinite() for step in range(STEPS))
     assert side.host.run(side.model, 0).dtype == dtype
     assert all(delta.isfinite().all() for delta in side.adapter.deltas().values())
+
+
+def test_bases_of_a_batch_and_of_dependent_columns():
+    x = torch.randn(4, 40, 5, device="cuda")
+    x[1] = 0
+    x[2, :, 3] = x[2, :, 1]
+    Q = linalg.orthonormal(x)
+    assert (Q.mT @ Q - torch.eye(5, device="cuda")).abs().max() < 1e-5
+    close(Q[::3], linalg.orthonormal(x[::3].cpu()).cuda(), 1e-5)
+    close(Q @ (Q.mT @ x), x, 1e-5)
+
+
+def one_step(side: Trained, optimizer: torch.optim.Optimizer, step: int) -> None:
+    side.backward(step)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("host", ["linear", "conv", "unet"])
+@pytest.mark.parametrize("method", ["lora", "nb_lora", "dora", "od_lora"])
+def test_the_fused_optimizer_is_the_usual_one_and_resumes(method, host):
+    sides = [Trained(HOSTS[host], method, "cuda", torch.float64) for _ in range(3)]
+    ways = zip(sides, (True, False, True), strict=True)
+    built = [optim.build("adamw", side.adapter, 1e-3, fused=fused) for side, fused in ways]
+    for step in range(STEPS):
+        for side, optimizer in zip(sides[:2], built, strict=False):
+            one_step(side, optimizer, step)
+    assert built[0].param_groups[0]["fused"] and not built[1].param_groups[0]["fused"]
+    names = [list(side.adapter.named_parameters()) for side in sides]
+    sides[2].adapter.load_tensors(dict(sides[0].adapter.named_tensors()))
+    load_optimizer(built[2], names[2], *optimizer_tensors(built[0], names[0]))
+    for side, optimizer in zip(sides, built, strict=True):
+        one_step(side, optimizer, STEPS)
+    fused, usual, resumed = (dict(side.adapter.named_tensors()) for side in sides)
+    for name, tensor in fused.items():
+        assert torch.equal(tensor, resumed[name])
+        close(tensor, usual[name], 1e-9)
 
 
 @pytest.mark.parametrize("method", ["lora", "nb_lora", "sorsa", "od_lora", "dora"])

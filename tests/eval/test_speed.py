@@ -46,6 +46,32 @@ def test_rows_table_and_plot(speed, tmp_path, capsys):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_more_batches_are_more_to_do(speed):
+    once, thrice = (
+        speed.Variant(speed.HOSTS["vit"]("tiny"), "lora", 4, torch.float32, "cpu", batch=batch) for batch in (1, 3)
+    )
+    assert thrice.inputs[0].shape[0] == 3 * once.inputs[0].shape[0]
+    assert speed.counts(thrice)["saved"] > 2 * speed.counts(once)["saved"]
+    assert thrice.forward().item() == pytest.approx(once.forward().item(), rel=1e-5)
+
+
+def test_between_two_renewals_nothing_is_renewed(speed):
+    host, seen = speed.HOSTS["llama"]("tiny"), {}
+    for name in ("od_lora", "od_lora:between"):
+        variant = speed.Variant(host, name, 4, torch.float32, "cpu")
+        variant.step()
+        variant.step()
+        before = bases(variant.model)
+        variant.step()
+        after = bases(variant.model)
+        seen[name] = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert seen["od_lora"] and not any(seen["od_lora"]) and all(seen["od_lora:between"])
+
+
+def bases(model) -> list[torch.Tensor]:
+    return [t.clone() for name, t in model.named_buffers() if name.endswith((".Qa", ".Qb"))]
+
+
 def test_models_build_and_join(speed):
     for name in ("unet", "sd_block", "vit", "llm_block"):
         host = speed.HOSTS[name]("tiny")
