@@ -203,7 +203,7 @@ def counts(variant: Variant) -> dict[str, int]:
     kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
     def keep(t: Tensor) -> _Kept:
-        kept.add(held := _Kept(t))
+        kept.add(held := _Kept(t.detach()))  # with its graph, what a node keeps of its own output would hold the node
         return held
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda held: held.tensor):

@@ -56,7 +56,8 @@ class Trained:
         return tuple(map(move, args)), {name: move(x) for name, x in kwargs.items()}
 
     def backward(self, step: int) -> torch.Tensor:
-        out = self.host.run(self.model, step).float()
+        out = self.host.run(self.model, step)
+        out = out if out.dtype == torch.float64 else out.float()
         weights = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
         loss = (weights * out).mean() + self.adapter.penalty()
         loss.backward()
@@ -72,7 +73,8 @@ class Trained:
 @pytest.mark.parametrize("method", vislora.methods())
 @pytest.mark.parametrize("host", HOSTS.values(), ids=list(HOSTS))
 def test_a_gpu_trains_as_the_cpu_does(host, method):
-    """From one start: singular vectors are free in their signs, and another device takes others."""
+    """From one start: singular vectors are free in their signs, and another device takes others. Two devices round
+    differently, in float64 by 1e-16 of what they add up."""
     cpu, gpu = (Trained(host, method, device, torch.float64) for device in ("cpu", "cuda"))
     held = dict(cpu.adapter.named_tensors())
     with torch.no_grad():
@@ -146,8 +148,8 @@ def test_the_fused_optimizer_is_the_usual_one_and_resumes(method, host):
     for side, optimizer in zip(sides, built, strict=True):
         one_step(side, optimizer, STEPS)
     fused, usual, resumed = (dict(side.adapter.named_tensors()) for side in sides)
-    for name, tensor in fused.items():
-        assert torch.equal(tensor, resumed[name])
+    for name, tensor in fused.items():  # a GPU adds some gradients in an order that changes from run to run
+        close(tensor, resumed[name], 1e-9)
         close(tensor, usual[name], 1e-9)
 
 
@@ -176,8 +178,9 @@ def test_saved_on_a_gpu_and_loaded_on_a_cpu(method, tmp_path):
     side.adapter.save(tmp_path)
     other = HOSTS["linear"].build(0).eval()
     loaded = vislora.load(other, tmp_path)
-    for name, delta in side.adapter.deltas().items():
-        close(delta.cpu(), loaded.deltas()[name], 1e-5)
+    weights = {name: weight() for name, _, weight in loaded.base_weights()}
+    for name, delta in side.adapter.deltas().items():  # some are small differences of what is as large as the weight
+        close(weights[name] + delta.cpu(), weights[name] + loaded.deltas()[name], 1e-6)
 
 
 @pytest.mark.parametrize("method", vislora.methods())

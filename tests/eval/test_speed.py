@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import sys
 from pathlib import Path
@@ -53,6 +54,19 @@ def test_more_batches_are_more_to_do(speed):
     assert thrice.inputs[0].shape[0] == 3 * once.inputs[0].shape[0]
     assert speed.counts(thrice)["saved"] > 2 * speed.counts(once)["saved"]
     assert thrice.forward().item() == pytest.approx(once.forward().item(), rel=1e-5)
+
+
+def test_counting_leaves_nothing_behind(speed):
+    variant = speed.Variant(speed.HOSTS["llama"]("tiny"), "frozen", 4, torch.float32, "cpu")
+    variant.step()
+
+    def held() -> int:
+        gc.collect()
+        return sum(type(o) is torch.Tensor for o in gc.get_objects())
+
+    before = held()
+    assert speed.counts(variant)["saved"] > 0
+    assert held() == before
 
 
 def test_between_two_renewals_nothing_is_renewed(speed):
