@@ -69,7 +69,7 @@ def single(plan: Plan, sweep: Path, args: argparse.Namespace) -> list[str]:
         report(plan, sweep, tuning, args.only)
         return []
     if args.dry_run:
-        show(plan, sweep, [*tuning, *plan.cells({})], args.workers)
+        show(plan, sweep, [*tuning, *(cell for cell in plan.cells({}) if cell.matches(args.only))], args.workers)
         return []
     try:
         failed = work(plan, sweep, runner, tuning, tuning, args.workers)

@@ -66,6 +66,7 @@ def attach(
     if isinstance(method, Baseline):
         _require_bare(found, method.word)
         return method.build(found, name, seed)
+    method = method.for_models([root for root, _ in found.values()])
     tensors = {
         component: [method.init(s, _generator(seed, qualified(component, s.name))) for s in sites]
         for component, (_, sites) in found.items()

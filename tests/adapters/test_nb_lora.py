@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
-from vislora import attach, linalg
+from vislora import attach, linalg, load
 from vislora.adapters.nb_lora import NBLoRA
 from vislora.errors import InputError
 from vislora.linalg import _Cayley, cayley, product_singular_values, schatten
@@ -198,6 +199,41 @@ def test_delta_ratio_is_of_each_weights_own_norm():
         for _, site, t, _ in adapter.site_updates():
             assert torch.isclose(t.delta, 0.25 * schatten(torch.linalg.svdvals(site.weight()), p), rtol=1e-5)
         adapter.detach()
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+SEES = {**SMALL, "image_size": 16, "patch_size": 8}
+
+
+@pytest.mark.parametrize(
+    "kind, p, ratio",
+    [("encoder", 1, 0.02), ("encoder", math.inf, 0.04), ("llama", 1, 0.02), ("vit", 1, 0.1), ("vit", 2, 0.2),
+     ("towers", 1, 0.1), ("own", 1, 0.1), ("own", 1.5, 0.1)],
+)  # fmt: skip
+def test_without_a_bound_the_models_kind_has_one(kind, p, ratio, tmp_path):
+    torch.manual_seed(0)
+    model = {
+        "encoder": lambda: transformers.BertModel(transformers.BertConfig(**SMALL)),
+        "llama": lambda: transformers.LlamaModel(transformers.LlamaConfig(**SMALL, vocab_size=50)),
+        "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**SEES)),
+        "towers": lambda: transformers.SiglipModel(transformers.SiglipConfig(text_config=SMALL, vision_config=SEES)),
+        "own": lambda: nn.Sequential(nn.Linear(16, 24)),
+    }[kind]()
+    adapter = attach(model, "nb_lora", rank=2, p=p, targets="all-linear")
+    assert adapter.method.delta_ratio == ratio and adapter.method.delta is None
+    for _, site, t, _ in adapter.site_updates():
+        assert torch.isclose(t.delta, ratio * schatten(torch.linalg.svdvals(site.weight()), p), rtol=1e-5)
+    adapter.save(tmp_path)
+    adapter.detach()
+    assert load(model, tmp_path).method.delta_ratio == ratio
+
+
+def test_a_text_encoder_beside_a_denoiser_has_the_denoisers_bound():
+    parts = {"unet": nn.ModuleDict({"to_q": nn.Linear(8, 8)}),
+             "text_encoder": transformers.BertModel(transformers.BertConfig(**SMALL))}  # fmt: skip
+    assert attach(parts, "nb_lora", rank=2, targets="all-linear").method.delta_ratio == 0.1
+    other = {"text_encoder": transformers.BertModel(transformers.BertConfig(**SMALL))}
+    assert attach(other, "nb_lora", rank=2, delta=3.0, targets="all-linear").method.delta_ratio is None
 
 
 def test_factors_rounded_to_bf16_stay_near_the_bound():

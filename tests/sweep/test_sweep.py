@@ -197,6 +197,8 @@ def test_dry_run_and_only(sweep):
     assert [(r["rate"], r["seed"]) for r in sweep.runs()] == [(2, 1)] and "lora, rate=2, seed=1" in said
     said, _ = sweep.run("--dry_run")
     assert said.count("to run lora") == 3 and said.count("done   lora") == 1 and "4 cells, 3 to run: about" in said
+    said, _ = sweep.run("--dry_run", "--only", "rate=1")
+    assert said.count("to run lora") == 2 and "2 cells, 2 to run" in said
     assert len(sweep.runs()) == 1
 
 

@@ -55,6 +55,10 @@ class Method:
     def check(self) -> None:
         """Raise InputError for options that no model could satisfy. Runs before anything is loaded."""
 
+    def for_models(self, models: Sequence[nn.Module]) -> Method:
+        """This method with the options set that were left to the models' architecture; `attach` asks once."""
+        return self
+
     def init(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
         """This site's tensors: an nn.Parameter trains, a plain tensor is kept with it and does not.
 

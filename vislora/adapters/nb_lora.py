@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import ClassVar, Literal
 
@@ -12,9 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from .. import linalg
+from ..errors import InputError
 from ..update import Update
 from ._method import Bound, Method, require, require_fit, require_rank
 from ._start import kaiming
+
+# Shares of a weight's norm where no bound is given, by what the model reads and whether p < 2: where the embedded
+# world's sweeps learn the task and keep the rest (docs/methods.md, "Choosing delta").
+DEFAULTS = {("image", True): 0.1, ("image", False): 0.2, ("text", True): 0.02, ("text", False): 0.04}
+
+
+def reads_tokens(model: nn.Module) -> bool:
+    """Whether the model's input is tokens alone, by the embedding that transformers asks of its models."""
+    try:
+        return isinstance(model.get_input_embeddings(), nn.Embedding) and not hasattr(model, "vision_model")
+    except (AttributeError, NotImplementedError):  # no transformers model, or one of two inputs
+        return False
 
 
 @dataclass(frozen=True)
@@ -35,14 +48,10 @@ class NBLoRA(Method):
     rank: int = 16
     p: float = 1.0  # which Schatten norm is bounded: 1 nuclear, 2 Frobenius, inf spectral
     delta: float | None = None  # the bound, in the norm's own unit
-    delta_ratio: float | None = None  # the bound as a share of the base weight's norm; 0.1 if neither is given
+    delta_ratio: float | None = None  # the bound as a share of the base weight's norm; DEFAULTS if neither is given
     bounded: bool = True  # False: s itself is trained, with the same start and no bound
     start: Literal["kaiming", "orthogonal"] = "kaiming"  # of At; orthogonal: orthonormal rows
     backward: Literal["custom", "autodiff"] = "custom"  # of the Cayley map
-
-    def __post_init__(self):
-        if self.delta is None and self.delta_ratio is None:  # so that saved options say which bound it was
-            object.__setattr__(self, "delta_ratio", 0.1)
 
     def check(self) -> None:
         require_rank(self.rank)
@@ -56,6 +65,13 @@ class NBLoRA(Method):
         starts, backwards = ("kaiming", "orthogonal"), ("custom", "autodiff")
         require(self.start in starts, "start", f"{self.start!r} is unknown", f"take {' or '.join(starts)}")
         require(self.backward in backwards, "backward", f"{self.backward!r} is unknown", "take custom or autodiff")
+
+    def for_models(self, models: Sequence[nn.Module]) -> NBLoRA:
+        """With the default of these models' kind, so that saved options say which bound it was."""
+        if self.delta is not None or self.delta_ratio is not None:
+            return self
+        kind = "text" if all(reads_tokens(model) for model in models) else "image"
+        return replace(self, delta_ratio=DEFAULTS[kind, self.p < 2])
 
     def init(self, site, generator: torch.Generator) -> dict[str, Tensor]:
         require_fit(self.rank, site)
@@ -74,6 +90,8 @@ class NBLoRA(Method):
 
     def _ratio_of(self, site) -> float:
         norm = linalg.schatten(torch.linalg.svdvals(site.weight()), self.p).item()
+        if self.delta_ratio is None:
+            raise InputError("delta_ratio", "neither it nor delta is set", "give one, or let attach choose")
         wrong = f"{self.delta_ratio} of the norm of {site.name} is {self.delta_ratio * norm}"
         require(0 < norm < math.inf, "delta_ratio", wrong, "give an absolute delta for that layer's model")
         return self.delta_ratio * norm
