@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from functools import partialmethod
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,6 +19,14 @@ from vislora.io import read
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPT = REPOSITORY / "train_scripts" / "dreambooth.py"
+
+
+def opened(place: str) -> ModuleType:
+    """The module of a file of this repository, such as eval/sweep.py, made anew."""
+    spec = importlib.util.spec_from_file_location(f"opened_{Path(place).stem}", REPOSITORY / place)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for their types
+    spec.loader.exec_module(module)
+    return module
 
 
 def photograph(folder: Path, count: int = 3, seed: int = 0) -> Path:

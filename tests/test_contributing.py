@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from script_runs import opened
 from torch import nn
 
 import vislora
@@ -62,9 +62,7 @@ def test_the_checks_would_notice_a_broken_method(example, tmp_path):
 
 
 def test_the_entry_starts_a_run(example, tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("dreambooth", REPOSITORY / "train_scripts" / "dreambooth.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = opened("train_scripts/dreambooth.py")
     options, method = script.parse(["--config", str(example)])
     assert options.adapter == "lora_fa" and options.learning_rate == 1e-3
     assert method == adapters.get("lora_fa")(rank=16, alpha=16.0)

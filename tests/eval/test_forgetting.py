@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from script_runs import REPOSITORY
+from script_runs import opened
 from tiny_vit import coloured, image_folder, parquet_folder, save_timm
 
 from vislora.errors import InputError
@@ -21,11 +18,7 @@ from vislora.vision import compare, results
 
 
 def module(path: str):
-    name = f"loaded_{Path(path).stem}"
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / path)
-    made = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for their types
-    spec.loader.exec_module(made)
-    return made
+    return opened(path)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from script_runs import REPOSITORY
+from script_runs import REPOSITORY, opened
 from tiny_lm import folder, llama, rwkv, sums, tokenizer, write_rows
 
 import vislora
@@ -27,13 +27,7 @@ SCRIPT = REPOSITORY / "eval" / "language.py"
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("language_eval", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules["language_eval"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return opened("eval/language.py")
 
 
 @pytest.fixture

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import zipfile
 
 import pytest
 import torch
-from script_runs import REPOSITORY
+from script_runs import opened
 from tiny_lm import folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,10 +15,7 @@ from vislora.errors import run_script
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("packages", REPOSITORY / "assets/build/packages.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return opened("assets/build/packages.py")
 
 
 def wheel(path, source, inside: str):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from metric_world import root, small_world  # noqa: F401
-from script_runs import SCRIPT, photograph
+from script_runs import opened, photograph
 from tiny_sd import tiny_sd
 
 from vislora.baselines import BASELINES
@@ -17,10 +15,7 @@ from vislora.errors import run_script
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("dreambooth", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return opened("train_scripts/dreambooth.py")
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from script_runs import opened
 
 import vislora
 from vislora import adapters
@@ -20,10 +20,7 @@ ENTRIES = REPOSITORY / "configs" / "adapters"
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("dreambooth", REPOSITORY / "train_scripts" / "dreambooth.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return opened("train_scripts/dreambooth.py")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -14,7 +13,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
-from script_runs import REPOSITORY, compiles, lines, refused, state
+from script_runs import REPOSITORY, compiles, lines, opened, refused, state
 from tiny_lm import folder, rwkv, sums, write_rows
 from transformers import AutoModelForCausalLM
 
@@ -28,10 +27,7 @@ SCRIPT = REPOSITORY / "train_scripts" / "causal_lm.py"
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("causal_lm", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return opened("train_scripts/causal_lm.py")
 
 
 @pytest.fixture(scope="module")

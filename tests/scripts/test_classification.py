@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import importlib.util
 import json
 import os
 import signal
@@ -19,7 +18,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
-from script_runs import REPOSITORY, compiles, refused
+from script_runs import REPOSITORY, compiles, opened, refused
 from tiny_vit import coloured, image_folder, parquet_folder, save_clip, save_timm
 
 import vislora
@@ -33,11 +32,7 @@ from vislora.vision.options import ClassificationOptions
 
 @pytest.fixture(scope="module")
 def script():
-    file = REPOSITORY / "train_scripts" / "classification.py"
-    spec = importlib.util.spec_from_file_location("classification", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return opened("train_scripts/classification.py")
 
 
 @pytest.fixture(scope="module")

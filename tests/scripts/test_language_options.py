@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from script_runs import REPOSITORY, lines, state
+from script_runs import lines, opened, state
 from tiny_lm import folder, sums, tokenizer, write_rows
 
 from vislora.errors import run_script
@@ -36,10 +35,7 @@ def place(tmp_path, monkeypatch):
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "train_scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return opened(f"train_scripts/{name}.py")
 
 
 SCRIPTS = {name: load(name) for name in ("causal_lm", "sequence_classification")}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib.util
 import json
 import os
 import re
@@ -17,7 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from script_runs import REPOSITORY, SCRIPT, photograph
+from script_runs import REPOSITORY, opened, photograph
 from tiny_lm import tokenizer
 from tiny_sd import tiny_sd
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -157,10 +156,7 @@ def settled() -> float:
 
 
 def load(script: str):
-    spec = importlib.util.spec_from_file_location(script, SCRIPT.with_stem(script))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return opened(f"train_scripts/{script}.py")
 
 
 def fresh() -> None:

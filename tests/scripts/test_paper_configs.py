@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
-from script_runs import REPOSITORY, lines
+from script_runs import REPOSITORY, lines, opened
 from tiny_lm import folder, sums, write_rows
 
 import vislora
@@ -24,10 +23,7 @@ PAPER = [file for file in FILES if "script" not in yaml.safe_load(file.read_text
 
 
 def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "train_scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return opened(f"train_scripts/{name}.py")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import random
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from script_runs import REPOSITORY, compiles, lines, refused, state
+from script_runs import compiles, lines, opened, refused, state
 from tiny_lm import folder, write_rows
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -34,11 +33,7 @@ WORDS = ["red", "green", "blue", "hot", "cold", "wet"]
 
 @pytest.fixture(scope="module")
 def script():
-    path = REPOSITORY / "train_scripts" / "sequence_classification.py"
-    spec = importlib.util.spec_from_file_location("sequence_classification", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return opened("train_scripts/sequence_classification.py")
 
 
 @pytest.fixture(scope="module")

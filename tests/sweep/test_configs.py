@@ -1,13 +1,13 @@
 """The sweeps that are shipped: every run's settings are words of the script, and what they compare is comparable."""
 
 import functools
-import importlib.util
 import json
 import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+from script_runs import opened
 
 from vislora import config
 from vislora.metrics.options import ScoreOptions
@@ -24,10 +24,7 @@ NAMES = [f"{file.parent.name}/{file.stem}" for file in FILES]
 
 @functools.cache
 def script(path):
-    spec = importlib.util.spec_from_file_location(Path(path).stem + "_script", ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return opened(path)
 
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)

@@ -1,7 +1,6 @@
 """Pictures and the page of a sweep, from runs made by hand, against what was put into them."""
 
 import csv
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
+from script_runs import opened
 
 from vislora.errors import InputError
 from vislora.sweep.cells import Place
@@ -63,9 +63,7 @@ def finish(sweep, cell):
 
 
 def report(file, out):
-    spec = importlib.util.spec_from_file_location("sweep_script", ROOT / "eval/sweep.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = opened("eval/sweep.py")
     module.main(["--config", str(file), "--output_dir", str(out), "--report"])
     return (out / "index.html").read_text()
 

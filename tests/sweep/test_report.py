@@ -1,12 +1,12 @@
 """Several sweeps in one report: the rule of its verdicts against numbers worked out by hand, and a whole run of it."""
 
-import importlib.util
 import json
 import signal
 from pathlib import Path
 
 import pytest
 import yaml
+from script_runs import opened
 
 from vislora.errors import InputError
 from vislora.sweep import report
@@ -57,9 +57,7 @@ def place(tmp_path):
 
 
 def run(place, *flags):
-    spec = importlib.util.spec_from_file_location("sweep_script", ROOT / "eval/sweep.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = opened("eval/sweep.py")
     code, before = 0, {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         module.main(["--config", str(place / "all.yaml"), "--output_dir", str(place / "out"), *flags])

@@ -1,7 +1,6 @@
 """eval/sweep.py over a script of a few lines: what it runs, skips, chooses, and writes."""
 
 import csv
-import importlib.util
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from script_runs import opened
 
 from vislora.errors import InputError
 from vislora.sweep import table
@@ -42,10 +42,7 @@ AFTER = "import sys, json, pathlib\n(pathlib.Path(sys.argv[2]) / 'after.json').w
 
 
 def load_script():
-    spec = importlib.util.spec_from_file_location("sweep_script", ROOT / "eval/sweep.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return opened("eval/sweep.py")
 
 
 def rows_of(path):
