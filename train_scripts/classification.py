@@ -35,7 +35,7 @@ from vislora.training.meter import Meter
 from vislora.training.random import first_position, generator
 from vislora.training.resume import require_same_run
 from vislora.training.run import InterruptFlag, RunFolder
-from vislora.vision import augment, forgetting, heads, metrics, models, results, task
+from vislora.vision import augment, forgetting, heads, models, results, task
 from vislora.vision.estimate import estimate
 from vislora.vision.evaluate import Evaluator, SourceTask, preprocess_words
 from vislora.vision.options import FREE_ON_RESUME, ClassificationOptions
@@ -226,8 +226,7 @@ class Run:
         values = {}
         with nullcontext() if self.tuned.ema is None else self.tuned.ema.swapped():
             if self.sets.validation is not None:
-                out = self.evaluate(self.sets.validation)
-                values["validation_accuracy"] = metrics.scores(out.target, out.labels).top1
+                values["validation_accuracy"] = self.evaluate.target(self.sets.validation).top1
                 self.tuned.consider(values["validation_accuracy"], step)
             if self.source is not None:
                 values |= self.source.on_the_way()
@@ -262,11 +261,12 @@ class Run:
             tuned.load_tensors(tensors)
             if self.reads and (name == "best" or o.final_model == "best"):
                 self.write_tensors(folder.path / name)
-            if name != o.final_model:
-                ends = results.end_figures(name, self.evaluate, sets.test, self.source)
-        out = self.evaluate(sets.test)
-        target = metrics.scores(out.target, out.labels)
-        after = self.source and self.source.full()
+            if name != o.final_model and tuned.best.step != self.total:
+                ends = results.end_figures(name, self.evaluate.target(sets.test), self.source and self.source.head())
+        target, after = self.evaluate.target(sets.test), self.source and self.source.full()
+        if tuned.best.step == self.total:  # last and best are one, scored once
+            other = "best" if o.final_model == "last" else "last"
+            ends = results.end_figures(other, target, after and after.head)
         if not self.reads:
             return
         self.write_tensors(folder.path)

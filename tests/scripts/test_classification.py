@@ -26,7 +26,7 @@ from vislora import config
 from vislora.errors import run_script
 from vislora.io import read
 from vislora.training import checkpoint
-from vislora.vision import heads, models
+from vislora.vision import evaluate, heads, models
 from vislora.vision.options import ClassificationOptions
 
 
@@ -420,6 +420,18 @@ def test_last_and_best_are_both_kept_and_scored_whichever_is_reported(run, ema):
     for name, other in (("last", "best"), ("best", "last")):
         for task in ("target", "source"):
             assert metrics(name)[f"{task}_accuracy"] == metrics(other)[f"{name}_{task}_accuracy"]
+
+
+def test_where_the_last_is_the_best_the_test_images_are_scored_once(run, monkeypatch):
+    scored = []
+    whole = evaluate.Evaluator.target
+    monkeypatch.setattr(evaluate.Evaluator, "target", lambda self, images: scored.append(images) or whole(self, images))
+    run("--max_train_steps", "1", "--eval_steps", "1", "--learning_rate", "0.3", "--head_lr", "3.0")
+    said = metrics("runs/0001")
+    assert said["best_step"] == said["steps"] == 1
+    assert [images is scored[-1] for images in scored].count(True) == 1 < len(scored)  # the others are of validation
+    assert said["best_target_accuracy"] == said["target_accuracy"]
+    assert said["best_source_accuracy"] == said["source_accuracy"]
 
 
 def test_without_source_data_or_validation(run):

@@ -57,6 +57,11 @@ class Evaluator:
         features, target, source, labels = (self._whole(column, n) for column in zip(*found, strict=True))
         return Outputs(features, target, source, labels)
 
+    def target(self, images: ImageSet) -> Scores:
+        """By the head of the task that is trained."""
+        out = self(images)
+        return scores(out.target, out.labels)
+
     def _whole(self, column: Sequence[Tensor | None], n: int) -> Tensor | None:
         if column[0] is None:
             return None

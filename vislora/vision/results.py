@@ -19,8 +19,7 @@ from vislora.errors import InputError
 from vislora.handle import Handle
 from vislora.training.run import RunFolder
 from vislora.vision import card, forgetting, metrics, plots
-from vislora.vision.data import ImageSet
-from vislora.vision.evaluate import Evaluator, Source, SourceTask
+from vislora.vision.evaluate import Source
 from vislora.vision.metrics import Scores
 from vislora.vision.options import ClassificationOptions
 
@@ -65,11 +64,10 @@ def source_figures(before: Source | None, after: Source | None, target: float) -
     return found
 
 
-def end_figures(name: str, evaluate: Evaluator, test: ImageSet, source: SourceTask | None) -> dict[str, float]:
-    """How the model as it stands now does on both tasks, for the one of last and best that is not reported."""
-    out, old = evaluate(test), source and source.head()
-    found = {f"{name}_target_accuracy": metrics.scores(out.target, out.labels).top1}
-    return found | ({f"{name}_source_accuracy": old.top1} if old is not None else {})
+def end_figures(name: str, target: Scores, source: Scores | None) -> dict[str, float]:
+    """How the one of last and best that is not reported does on both tasks."""
+    found = {f"{name}_target_accuracy": target.top1}
+    return found | ({f"{name}_source_accuracy": source.top1} if source is not None else {})
 
 
 def target_figures(scores: Scores) -> dict[str, float]:
