@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -22,17 +23,20 @@ from vislora.language.options import _DATA, _EVAL, TrainOptions
 from vislora.language.rows import holdout, read_rows
 from vislora.options import option
 
-# name: (columns of text, labels (0: a number is to be predicted), metrics, the first of which chooses the best epoch)
-GLUE: dict[str, tuple[tuple[str, ...], int, tuple[str, ...]]] = {
-    "cola": (("sentence",), 2, ("matthews",)),
-    "sst2": (("sentence",), 2, ("accuracy",)),
-    "mrpc": (("sentence1", "sentence2"), 2, ("accuracy", "f1")),
-    "qqp": (("question1", "question2"), 2, ("accuracy", "f1")),
-    "stsb": (("sentence1", "sentence2"), 0, ("pearson", "spearman")),
-    "mnli": (("premise", "hypothesis"), 3, ("accuracy",)),
-    "qnli": (("question", "sentence"), 2, ("accuracy",)),
-    "rte": (("sentence1", "sentence2"), 2, ("accuracy",)),
-    "wnli": (("sentence1", "sentence2"), 2, ("accuracy",)),
+log = logging.getLogger("vislora")
+
+# name: (columns of text, the labels' words in GLUE's order (none: a number is to be predicted), metrics, the first of
+# which chooses the best epoch)
+GLUE: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "cola": (("sentence",), ("unacceptable", "acceptable"), ("matthews",)),
+    "sst2": (("sentence",), ("negative", "positive"), ("accuracy",)),
+    "mrpc": (("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("accuracy", "f1")),
+    "qqp": (("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
+    "stsb": (("sentence1", "sentence2"), (), ("pearson", "spearman")),
+    "mnli": (("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), ("accuracy",)),
+    "qnli": (("question", "sentence"), ("entailment", "not_entailment"), ("accuracy",)),
+    "rte": (("sentence1", "sentence2"), ("entailment", "not_entailment"), ("accuracy",)),
+    "wnli": (("sentence1", "sentence2"), ("not_entailment", "entailment"), ("accuracy",)),
 }
 
 
@@ -95,14 +99,17 @@ class Labelled:
         """What the options name. Raises InputError for columns that are missing and labels that do not fit together."""
         o = options
         train, held = _rows(o)
-        columns, count, metrics = GLUE.get(o.task_name or "", ((), None, ()))
+        columns, names, metrics = GLUE.get(o.task_name or "", ((), None, ()))
         columns = o.text_columns or columns or _text_columns(train[0], o.label_column)
         missing = [name for name in (*columns, o.label_column) if name not in train[0] or name not in held[0]]
         if missing:
             wrong = f"no column {', '.join(missing)}; the data has {', '.join(train[0])}"
             raise InputError("--text_columns", wrong, "name them by --text_columns and --label_column")
         raw = [[row[o.label_column] for row in part] for part in (train, held)]
-        classes, labels = _labels(raw, count)
+        classes, labels = _labels(raw, names)
+        if "f1" in metrics and set(classes) not in ({"0", "1"}, set(names)):
+            log.warning("%s: the F1 of %s is of label %r, the second of %s by length and alphabet; GLUE has %s",
+                        o.label_column, o.task_name, classes[1], classes, names)  # fmt: skip
         metrics = metrics or (("accuracy",) if classes else ("pearson", "spearman"))
         encoded = [_encode([[str(row[c]) for c in columns] for row in part], tokenizer, o.max_length)
                    for part in (train, held)]  # fmt: skip
@@ -133,9 +140,13 @@ def _text_columns(row: dict[str, Any], label: str) -> tuple[str, ...]:
     return found
 
 
-def _labels(raw: Sequence[Sequence[Any]], count: int | None) -> tuple[tuple[str, ...], list[list[float]]]:
-    """(classes, the labels of both parts): numbers with a fraction, or a task with 0 classes, are a scale."""
-    values = [value for part in raw for value in part]
+def _labels(
+    raw: Sequence[Sequence[Any]], names: tuple[str, ...] | None
+) -> tuple[tuple[str, ...], list[list[float]]]:
+    """(classes, the labels of both parts): numbers with a fraction, or a task without names, are a scale.
+
+    names: of the task's classes in their order, which words of the data that are these have too."""
+    values, count = [value for part in raw for value in part], None if names is None else len(names)
     if count == 0 or (count is None and all(_fraction(value) for value in values)):
         try:
             return (), [[float(value) for value in part] for part in raw]
@@ -147,6 +158,7 @@ def _labels(raw: Sequence[Sequence[Any]], count: int | None) -> tuple[tuple[str,
         raise InputError("--label_column", wrong, "GLUE's test rows are unlabelled: leave them out")
     if count is not None:
         words = words if not all(w.isdigit() for w in words) else [str(i) for i in range(count)]
+        words = list(names) if set(words) <= set(names) else words
     unknown = {_word(value) for value in values} - set(words)
     if unknown or len(words) < 2 or (count is not None and len(words) != count):
         wrong = f"the labels are {', '.join(sorted({_word(v) for v in values})[:6])}"
