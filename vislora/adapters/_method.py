@@ -38,10 +38,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Method:
-    """A method is a frozen dataclass: its fields are the options, in the same words as on the command line.
-
-    It holds no state. What trains, and what must be kept, are the tensors that `init` returns for each site.
-    """
+    """A method is a frozen dataclass: its fields are the options, in the same words as on the command line. It holds no
+    state: what trains, and what must be kept, are the tensors that `init` returns for each site."""
 
     batched: ClassVar[bool] = False  # True: `factors` runs once for a stack of sites of equal shape
     identity_at_init: ClassVar[bool] = True  # False must be argued in the method's docstring
@@ -63,8 +61,7 @@ class Method:
         """This site's tensors: an nn.Parameter trains, a plain tensor is kept with it and does not.
 
         site: has m (out), n (in), name, and weight(), the base weight (m, n) in float32.
-        generator: a CPU generator of this site's own; nothing else may be drawn from.
-        """
+        generator: a CPU generator of this site's own; nothing else may be drawn from."""
         raise TypeError(f"{type(self).__name__} does not define init")
 
     def shared(self, sites: Sequence[Site], generator: torch.Generator) -> dict[str, Tensor]:
@@ -143,12 +140,11 @@ def require(condition: bool, option: str, wrong: str, remedy: str) -> None:
 
 def require_rank(rank: int) -> None:
     """Raise InputError unless rank is a positive whole number."""
-    whole = isinstance(rank, int) and not isinstance(rank, bool)
-    require(whole and rank >= 1, "rank", f"{rank!r} is not a positive whole number", "take 1 or more")
+    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    require(whole, "rank", f"{rank!r} is not a positive whole number", "take 1 or more")
 
 
 def require_fit(rank: int, site: Site) -> None:
     """Raise InputError unless `rank` fits the site's matrix."""
-    limit = min(site.m, site.n)
-    wrong = f"{rank} is larger than {site.name} ({site.m} x {site.n})"
+    limit, wrong = min(site.m, site.n), f"{rank} is larger than {site.name} ({site.m} x {site.n})"
     require(rank <= limit, "rank", wrong, f"take {limit} or less, or leave that layer out of the targets")

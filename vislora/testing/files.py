@@ -21,7 +21,7 @@ def saved_and_loaded_is_equal(s: Subject) -> None:
         adapter.save(folder)
         adapter.detach()
         again = load(s.model, folder)
-    assert again.method == s.method and again.method_name == adapter.method_name
+    assert again.method == adapter.method and again.method_name == adapter.method_name
     assert {n: True for n in tensors} == {n: torch.equal(t, tensors[n]) for n, t in again.named_tensors()}
     close(out, s.run(), 1e-6)  # equal tensors; a product's last bit may depend on where in memory they lie
 
