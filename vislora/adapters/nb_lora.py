@@ -17,16 +17,18 @@ from ..update import Update
 from ._method import Bound, Method, require, require_fit, require_rank
 from ._start import kaiming
 
-# Shares of a weight's norm where no bound is given, by what the model reads and whether p < 2: where the embedded
-# world's sweeps learn the task and keep the rest (docs/methods.md, "Choosing delta").
+# Shares of a weight's norm where no bound is given, by what the model reads and whether p < 2. The embedded world's
+# sweeps bear them out but for (text, False), which has the images' factor (docs/methods.md, "Choosing delta").
 DEFAULTS = {("image", True): 0.1, ("image", False): 0.2, ("text", True): 0.02, ("text", False): 0.04}
 
 
 def reads_tokens(model: nn.Module) -> bool:
     """Whether the model's input is tokens alone, by the embedding that transformers asks of its models."""
+    if not hasattr(model, "get_input_embeddings") or hasattr(model, "vision_model"):
+        return False
     try:
-        return isinstance(model.get_input_embeddings(), nn.Embedding) and not hasattr(model, "vision_model")
-    except (AttributeError, NotImplementedError):  # no transformers model, or one of two inputs
+        return isinstance(model.get_input_embeddings(), nn.Embedding)
+    except NotImplementedError:  # what transformers' models without one embedding raise
         return False
 
 
