@@ -20,7 +20,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 import vislora
@@ -29,7 +28,7 @@ from vislora.baselines import BASELINES
 from vislora.errors import InputError, run_script
 from vislora.training import checkpoint, processes, telemetry
 from vislora.training.begin import begin
-from vislora.training.cores import require_device, use_compiler, use_cores
+from vislora.training.cores import use_compiler, use_cores
 from vislora.training.dry_run import describe
 from vislora.training.meter import Meter
 from vislora.training.random import first_position, generator
@@ -44,8 +43,7 @@ from vislora.vision.state import Tuned
 
 def main(argv: list[str]) -> None:
     options, method = parse(argv)
-    require_device()
-    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    accelerator = processes.start(options.mixed_precision)
     if accelerator.mixed_precision not in ("no", "bf16"):
         wrong = f"{accelerator.mixed_precision} is not supported: two optimizers would share one loss scale"
         raise InputError("--mixed_precision", wrong, "take bf16 or no")
@@ -210,7 +208,7 @@ class Run:
             self.accelerator.backward(penalty)
             total = total + penalty.detach()
         if self.sharded:
-            processes.average_gradients(self.tuned.parameters(), self.accelerator.device)
+            distributed.average_gradients(self.tuned.parameters(), self.accelerator.device)
         return total
 
     def probe(self, step: int, log: telemetry.Log) -> None:

@@ -19,7 +19,6 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
-from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
@@ -38,7 +37,7 @@ from vislora.errors import InputError, run_script
 from vislora.export import kohya_copy
 from vislora.training import checkpoint, processes, telemetry
 from vislora.training.begin import begin
-from vislora.training.cores import require_device, use_cores
+from vislora.training.cores import use_cores
 from vislora.training.dry_run import describe
 from vislora.training.ema import EMA
 from vislora.training.meter import Meter
@@ -50,8 +49,7 @@ from vislora.training.schedule import first_rate
 
 def main(argv: list[str]) -> None:
     options, method = parse(argv)
-    require_device()
-    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    accelerator = processes.start(options.mixed_precision)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("--mixed_precision", "fp16 is not supported on a CPU", "take bf16 or no")
     processes.require_served(accelerator, method, options.base_quantization != "none", options.compile)
@@ -244,7 +242,7 @@ class Run:
             parts["penalty"] = self.adapter.penalty()
             self.accelerator.backward(parts["penalty"])
         if self.sharded:
-            processes.average_gradients(self.adapter.parameters(), self.accelerator.device)
+            distributed.average_gradients(self.adapter.parameters(), self.accelerator.device)
         return parts
 
     def averaged(self) -> AbstractContextManager[None]:

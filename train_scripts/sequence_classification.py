@@ -19,7 +19,6 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, get_scheduler
@@ -42,9 +41,9 @@ from vislora.language.classification import (
 from vislora.language.estimate import of_classifier
 from vislora.language.metrics import METRICS
 from vislora.language.options import FREE_ON_RESUME
-from vislora.training import checkpoint, processes, telemetry
+from vislora.training import checkpoint, processes, telemetry, zero
 from vislora.training.begin import begin
-from vislora.training.cores import require_device, use_compiler, use_cores
+from vislora.training.cores import use_compiler, use_cores
 from vislora.training.dry_run import describe
 from vislora.training.meter import Meter
 from vislora.training.random import first_position, generator
@@ -58,13 +57,14 @@ AUTO = AutoModelForSequenceClassification
 def main(argv: list[str]) -> None:
     options, method = parse(argv)
     models.quiet()
-    require_device()
-    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    accelerator = processes.start(options.mixed_precision, takes_zero=True)
     precision = accelerator.mixed_precision
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("--mixed_precision", "fp16 is not supported on a CPU", "take bf16 or no")
     quantized = options.load_in_4bit or options.load_in_8bit
     processes.require_served(accelerator, method, quantized, options.compile)
+    if processes.is_zero(accelerator):
+        zero.require_fit(accelerator, method, options)
     torch.backends.cuda.matmul.allow_tf32 = options.tf32
     use_cores(accelerator.num_processes, options.cpu_threads)
 
@@ -127,6 +127,7 @@ class Run:
         self.main, self.device = accelerator.is_main_process, accelerator.device
         self.sharded = processes.is_sharding(accelerator)
         self.reads = self.main or self.sharded  # what reads the base's weights
+        self.saves = self.reads or processes.is_zero(accelerator)
         self.plan = Plan([len(ids) for ids in data.train], options.seed)
         self.micros = options.gradient_accumulation_steps
         self.a_step = options.per_device_train_batch_size * self.micros * accelerator.num_processes
@@ -175,9 +176,11 @@ class Run:
         if self.reads and self.due(start):  # it comes after the checkpoint, and is made again
             self.evaluate(start, log)
         self.model.train()
+        processes.begin_steps(self.optimizer)
         for step in range(start, self.total):
             parts = self.backward(step)
-            parts["grad_norm"] = self.accelerator.clip_grad_norm_(list(self.adapter.parameters()), most)
+            own = self.adapter.parameters()
+            parts["grad_norm"] = processes.clip_gradients(self.accelerator, self.optimizer, own, most)
             meter.add(parts)
             rate = self.scheduler.get_last_lr()[0]  # of this step
             self.optimizer.step()
@@ -200,7 +203,7 @@ class Run:
                     if self.main:
                         log.write(done, *telemetry.alignment(found))
             stopping = processes.ends_step(self.accelerator, stop, done == self.total)
-            if self.reads and (done % o.save_steps == 0 or stopping):
+            if self.saves and (done % o.save_steps == 0 or stopping):
                 self.save(done)
             if self.reads and self.due(done):
                 with meter.paused():
@@ -232,9 +235,10 @@ class Run:
                 logits = self.model(**batch).logits.float()
                 one = losses(logits, labels, self.data.classes) / self.micros
                 total = total + one.detach()
-                self.accelerator.backward(one if penalty is None or not last else one + penalty)
+                one = one if penalty is None or not last else one + penalty
+                processes.backward(self.accelerator, self.optimizer, one, last)
         if self.sharded:
-            processes.average_gradients(self.adapter.parameters(), self.device)
+            distributed.average_gradients(self.adapter.parameters(), self.device)
         return {"loss": total} if penalty is None else {"loss": total, "penalty": penalty.detach()}
 
     @torch.no_grad()
@@ -263,9 +267,9 @@ class Run:
         return {"config": config.to_dict(self.options) | own, "data": digest}
 
     def save(self, step: int) -> None:
-        with processes.written(self.folder, self.main) as folder:
+        with processes.written(self.folder, self.main) as folder, processes.whole(self.optimizer) as optimizer:
             save_state(
-                folder.checkpoints, step, self.adapter, self.optimizer.optimizer, self.scheduler,
+                folder.checkpoints, step, self.adapter, optimizer, self.scheduler,
                 self.accelerator.scaler, self.about() | {"best": self.best}, self.options.save_total_limit,
             )  # fmt: skip
 

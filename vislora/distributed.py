@@ -6,6 +6,7 @@ They are those of torch.distributed's default group. With one process, or none s
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,16 @@ def mean(tensor: Tensor, device: torch.device) -> Tensor:
     total = tensor.to(device, copy=True)
     group.all_reduce(total)
     return (total / processes()).to(tensor.device)
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+    """Give every process the mean of all processes' gradients, by one message; what has none counts as zeros."""
+    parameters = [p for p in parameters if p.requires_grad]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters])
+    means = mean(flat, device).split([p.numel() for p in parameters])
+    for p, value in zip(parameters, means, strict=True):
+        p.grad = value.view_as(p).to(p.dtype, copy=True)
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -18,9 +18,10 @@ from tiny_lm import folder, sums, write_rows
 
 from vislora import adapters
 from vislora.baselines import BASELINES
+from vislora.distributed import average_gradients
 from vislora.errors import InputError
 from vislora.io import read
-from vislora.training.processes import average_gradients, require_served
+from vislora.training.processes import require_served
 
 FLAGS = ["--model_name_or_path", "model", "--dataset_name", "rows.jsonl", "--prompt_template", "qa", "--rank", "2",
          "--max_train_steps", "3", "--logging_steps", "1", "--report_to", "none", "--learning_rate", "0.01",
@@ -29,6 +30,7 @@ FLAGS = ["--model_name_or_path", "model", "--dataset_name", "rows.jsonl", "--pro
          "--save_steps", "2"]  # fmt: skip
 LORA = adapters.get("lora")()
 SHARDS = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what accelerate launch sets for FSDP2
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}  # and for DeepSpeed
 
 
 def train(place: Path, out: str, processes: int, *more: str, **environment: str) -> None:
@@ -70,9 +72,12 @@ def same(place: Path, out: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [{}, SHARDS], ids=["ddp", "fsdp2"])
-def test_two_processes_make_the_steps_of_one(place, how):
-    out = "sharded" if how else "copies"
+@pytest.mark.parametrize("out, how", [
+    ("ddp", {}), ("fsdp2", SHARDS), ("zero2", ZERO), ("zero1", {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}),
+])  # fmt: skip
+def test_two_processes_make_the_steps_of_one(place, out, how):
+    if out.startswith("zero"):
+        pytest.importorskip("deepspeed")
     train(place, out, 2, **how)
     same(place, out)
     shutil.rmtree(place / out / "model")
@@ -80,6 +85,16 @@ def test_two_processes_make_the_steps_of_one(place, how):
     train(place, out, 2, "--resume_from_checkpoint", "checkpoint-2", **how)
     again = read(place / out / "adapter/adapter.safetensors")[0]
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_copies_is_gone_on_with_in_strips(place):
+    pytest.importorskip("deepspeed")
+    train(place, "mixed", 2)
+    first = {name: t.clone() for name, t in read(place / "mixed" / "adapter/adapter.safetensors")[0].items()}
+    train(place, "mixed", 2, "--resume_from_checkpoint", "checkpoint-2", **ZERO)
+    again = read(place / "mixed" / "adapter/adapter.safetensors")[0]
+    assert all(torch.allclose(tensor, again[name], atol=1e-6) for name, tensor in first.items())
 
 
 @pytest.mark.slow
@@ -106,7 +121,7 @@ def launched(**more) -> SimpleNamespace:
     ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, LORA, False, "fsdp_cpu_ram_efficient_loading: false"),
     ({"FSDP_OFFLOAD_PARAMS": "true"}, LORA, False, "fsdp_offload_params: false"),
     ({}, LORA, True, "quantized"),
-    ({}, BASELINES["full"](), False, "base's own weights"),
+    ({}, BASELINES["full"](), False, "base's own weights"), ({}, BASELINES["none"](), False, "none trains nothing"),
 ])  # fmt: skip
 def test_what_shards_cannot_do_is_said_before_anything_is_loaded(monkeypatch, environment, method, quantized, wrong):
     for name, value in {**SHARDS, **environment}.items():
@@ -118,9 +133,7 @@ def test_what_shards_cannot_do_is_said_before_anything_is_loaded(monkeypatch, en
     require_served(launched(), method, quantized)
 
 
-def test_deepspeed_is_refused_with_the_reason():
-    with pytest.raises(InputError, match="DeepSpeed is not served: ZeRO joins all factors.*DDP"):
-        require_served(launched(distributed_type=DistributedType.DEEPSPEED), LORA, False)
+def test_other_ways_of_the_launcher_are_refused():
     with pytest.raises(InputError, match="MEGATRON_LM is not served"):
         require_served(launched(distributed_type=DistributedType.MEGATRON_LM), LORA, False)
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -14,9 +15,10 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from reliability.plays import require_equal, stage, state, words
 from script_runs import REPOSITORY
 
+from vislora import adapters
+from vislora.baselines import BASELINES
 from vislora.errors import InputError
-from vislora.training import checkpoint
-from vislora.training.cores import require_device
+from vislora.training import checkpoint, processes, zero
 
 FOLDER = REPOSITORY / "configs" / "accelerate"
 # file -> what it is: (kind, processes, machines)
@@ -35,7 +37,7 @@ def test_accelerate_reads_it_as_it_is_meant(name):
     file = FOLDER / f"{name}.yaml"
     settings = load_config_from_file(str(file))  # which refuses unknown keys
     assert (settings.distributed_type.value, settings.num_processes, settings.num_machines) == EXPECTED[name]
-    assert f"configs/accelerate/{name}.yaml" in file.read_text() or name in ("ddp_nodes", "deepspeed_zero2")
+    assert f"configs/accelerate/{name}.yaml" in file.read_text() or name == "ddp_nodes"
     arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(file), "x.py"]))
     assert arguments.mixed_precision == "bf16" and arguments.multi_gpu == name.startswith("ddp")
     assert arguments.use_fsdp == (name == "fsdp2") and arguments.use_deepspeed == name.startswith("deepspeed")
@@ -46,12 +48,46 @@ def test_accelerate_reads_it_as_it_is_meant(name):
         assert arguments.zero_stage == 2 and arguments.offload_optimizer_device == "none"
 
 
-def test_deepspeed_is_refused_before_accelerate_looks_for_its_package(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    require_device()
+@pytest.mark.parametrize("environment, package, wrong", [
+    ({"DEEPSPEED_ZERO_STAGE": "3"}, True, "stage 3, the base in shards.*fsdp2.yaml"),
+    ({"DEEPSPEED_ZERO_STAGE": "0"}, True, "zero_stage 0 shares nothing.*ddp.yaml"),
+    ({"DEEPSPEED_CONFIG_FILE": "ds.json"}, True, "deepspeed_config_file is not read"),
+    ({"DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, True, "offload_optimizer_device cpu is not served"),
+    ({"DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}, True, "offload_param_device nvme is not served"),
+    ({"GRADIENT_CLIPPING": "1.0"}, True, "gradient_clipping 1.0.*--max_grad_norm"),
+    ({"GRADIENT_ACCUMULATION_STEPS": "8"}, True, "gradient_accumulation_steps 8.*--gradient_accumulation_steps"),
+    ({}, False, "its package is missing -> pip install"),
+])  # fmt: skip
+def test_what_deepspeed_would_not_heed_is_said_before_anything_starts(monkeypatch, environment, package, wrong):
+    monkeypatch.setattr(zero.importlib.util, "find_spec", lambda name: object() if package else None)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(InputError, match="accelerate launch: DeepSpeed is not served.* -> take DDP"):
-        require_device()
+    for name, value in environment.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(InputError, match=f"DeepSpeed: .*{wrong}"):
+        processes.start("no", takes_zero=True)
+    with pytest.raises(InputError, match="DeepSpeed: only the scripts for language models take it"):
+        processes.start("no")
+
+
+def test_one_process_has_nothing_to_share_by_deepspeed(monkeypatch):
+    monkeypatch.setattr(zero.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert processes.start("no", takes_zero=True).zero_stage is None
+
+
+@pytest.mark.parametrize("method, options, wrong", [
+    ("od_lora", {}, "ODLoRA changes single factors"), ("adalora", {}, "AdaLoRA changes single factors"),
+    ("full", {}, "base's own weights"), ("lora", {"optimizer": "lora_pro"}, "--optimizer lora_pro.*adamw"),
+    ("lora", {"probe_steps": 5}, "--probe_steps"), ("sorsa", {"penalty_unclipped": True}, "--penalty_unclipped"),
+    ("lora", {"compile": True}, "--compile"),
+])  # fmt: skip
+def test_what_strips_cannot_do_is_said_before_anything_is_loaded(method, options, wrong):
+    plain = {"optimizer": "adamw", "probe_steps": None, "penalty_unclipped": False, "compile": False}
+    accelerator = SimpleNamespace(mixed_precision="bf16")
+    own = (BASELINES["full"] if method == "full" else adapters.get(method))()
+    with pytest.raises(InputError, match=f"DeepSpeed: .*{wrong}"):
+        zero.require_fit(accelerator, own, SimpleNamespace(**plain | options))
+    zero.require_fit(accelerator, adapters.get("sorsa")(), SimpleNamespace(**plain))
 
 
 def launch(place: Path, out: str, name: str, *flags: str) -> subprocess.Popen:
@@ -69,22 +105,25 @@ def launch(place: Path, out: str, name: str, *flags: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_a_cpu_starts_one_process_two_two_with_half_a_model_each_and_two_machines_of_one(tmp_path):
+    pytest.importorskip("deepspeed")
     place, ports = stage(tmp_path), []
-    for _ in range(3):
+    for _ in range(4):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             ports.append(("--num_processes", "2", "--main_process_port", str(free.getsockname()[1])))
     for out, name, each in (
         ("single", "single", [()]), ("ddp", "ddp", [ports[0]]), ("shards", "fsdp2", [ports[2]]),
+        ("strips", "deepspeed_zero2", [ports[3]]),
         ("nodes", "ddp_nodes", [(*ports[1], "--machine_rank", rank) for rank in ("0", "1")]),
     ):  # fmt: skip
         started = [launch(place, out, name, *flags) for flags in each]
         said = [process.communicate(timeout=300)[1] for process in started]
         assert not any(process.returncode for process in started), "\n".join(text[-2000:] for text in said)
-    processes = [checkpoint.load(place / out / "checkpoints" / "checkpoint-3").state["processes"]
-                 for out in ("single", "ddp", "shards", "nodes")]  # fmt: skip
-    assert processes == [1, 2, 2, 2]
+    counts = [checkpoint.load(place / out / "checkpoints" / "checkpoint-3").state["processes"]
+                 for out in ("single", "ddp", "shards", "strips", "nodes")]  # fmt: skip
+    assert counts == [1, 2, 2, 2, 2]
     require_equal(state(place / "ddp", 3), state(place / "nodes", 3))
-    copies, shards = (state(place / out, 3) for out in ("ddp", "shards"))
-    assert copies.keys() == shards.keys()
-    assert all((t - shards[key]).abs().max() < 1e-4 for key, t in copies.items() if key.startswith("adapter"))
+    copies, *others = (state(place / out, 3) for out in ("ddp", "shards", "strips"))
+    for other in others:
+        assert copies.keys() == other.keys()
+        assert all((t - other[key]).abs().max() < 1e-4 for key, t in copies.items() if key.startswith("adapter"))

@@ -16,7 +16,7 @@ from reliability.plays import require_equal, state
 from script_runs import lines
 
 from vislora.errors import EnvironmentFault, fault_of
-from vislora.training import checkpoint, telemetry
+from vislora.training import checkpoint, processes, telemetry
 from vislora.training import run as run_module
 
 case = pytest.mark.case
@@ -214,7 +214,7 @@ def test_one_loss_that_is_nan_is_passed_over_and_counted(run, script, monkeypatc
 def test_an_overflow_of_scaled_gradients_is_skipped_and_no_step_of_the_schedule(run, script, monkeypatch):
     """With a scaler as fp16 has it. The third backward overflows: its step moves neither the adapter nor the rate."""
 
-    class Scaled(script.Accelerator):
+    class Scaled(processes.Accelerator):
         def __init__(self, *arguments, **named):
             super().__init__(*arguments, **named)
             self.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -229,7 +229,7 @@ def test_an_overflow_of_scaled_gradients_is_skipped_and_no_step_of_the_schedule(
         return terms
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, "Accelerator", Scaled)
+        patch.setattr(processes, "Accelerator", Scaled)
         patch.setattr(script.Denoising, "losses", spoiled)
         run(*USUAL, "--output_dir", "out")
         saved = [checkpoint.load(Path(f"out/checkpoints/checkpoint-{step}")) for step in (1, 2, 3, 4)]

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from reliability.campaign import SCRIPTS as CAMPAIGNS
 from reliability.campaign import Campaign
@@ -26,7 +27,8 @@ from vislora.training import checkpoint
 case = pytest.mark.case
 RESUME = ("--resume_from_checkpoint", "latest")
 SHARDS = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what accelerate launch sets for FSDP2
-UNEQUAL = ("layers", "seconds_per_step", "images_per_second", "memory_mib")
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}  # and for DeepSpeed
+UNEQUAL = ("layers", "seconds_per_step", "images_per_second", "tokens_per_second", "memory_mib")
 BATCH = {"causal_lm": "--per_device_train_batch_size", "sequence_classification": "--per_device_train_batch_size"}
 SAVE = dict.fromkeys(BATCH, "--save_steps")
 
@@ -182,9 +184,9 @@ def same(one: dict, both: dict) -> None:
             assert (tensor - both[key]).abs().max() < 1e-4 * max(1.0, float(tensor.abs().max())), key
 
 
-def in_shards(server, place, name, *flags) -> None:
+def in_shards(server, place, name, *flags, env=SHARDS) -> None:
     """Three steps of two processes, each with a half of the model, against one process with twice the batch; and the
-    third step again, from the second checkpoint."""
+    third step again, from the second checkpoint. env: what they share, and how."""
     out = f"{name}-shards"
     for which in ("one", "two"):
         shutil.rmtree(place / f"{out}-{which}", ignore_errors=True)
@@ -192,7 +194,7 @@ def in_shards(server, place, name, *flags) -> None:
     flags = ("--max_train_steps", "3", save, "1", *flags, batch)
     assert server.run(name, words(name, *flags, "2", "--output_dir", f"{out}-one"), place)[0] == 0
     flags = (*flags, "1", "--output_dir", f"{out}-two")
-    two(server, place, name, *flags, env=SHARDS)
+    two(server, place, name, *flags, env=env)
     one, both = (state(place / f"{out}-{which}", 3) for which in ("one", "two"))
     same(one, both)
     files = [{str(f.relative_to(place / f"{out}-{which}")) for f in (place / f"{out}-{which}").rglob("*")}
@@ -204,7 +206,7 @@ def in_shards(server, place, name, *flags) -> None:
     for a, b in zip(*(lines(str(place / f"{out}-{which}")) for which in ("one", "two")), strict=True):
         a, b = ({key: value for key, value in line.items() if key not in UNEQUAL} for line in (a, b))
         assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
-    two(server, place, name, *flags, "--resume_from_checkpoint", "checkpoint-2", env=SHARDS)
+    two(server, place, name, *flags, "--resume_from_checkpoint", "checkpoint-2", env=env)
     require_equal(both, state(place / f"{out}-two", 3))
 
 
@@ -226,6 +228,34 @@ def test_two_processes_with_half_of_a_classifier_of_texts_each_make_the_steps_of
     assert values[0] == pytest.approx(values[1], rel=1e-3) and "best_eval_accuracy" in values[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name, flags, env", [
+    ("sequence_classification", ("--eval_steps", "2", "--adapter", "sorsa"), {}),
+    ("sequence_classification", ("--adapter", "lora_sb", "--gradient_accumulation_steps", "2", "--merge",
+                                 "--gradient_checkpointing", "--head_learning_rate", "0.02"), {}),
+    ("causal_lm", ("--adapter", "nb_lora", "--gradient_accumulation_steps", "2", "--eval_steps", "1"), {}),
+    ("causal_lm", ("--adapter", "lora_plus", "--max_grad_norm", "0.1"),
+     {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}),
+])  # fmt: skip
+def test_two_processes_with_half_of_the_moments_each_make_the_steps_of_one(server, place, name, flags, env):
+    pytest.importorskip("deepspeed")
+    in_shards(server, place, name, *flags, env={**ZERO, **env})
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_nan_on_one_process_moves_no_strip(server, place):
+    pytest.importorskip("deepspeed")
+    flags = ("--max_train_steps", "4", "--save_steps", "1", "--logging_steps", "4", "--lr_scheduler_type", "constant",
+             "--output_dir", "spoiled")  # fmt: skip
+    pids = start_two(server, place, "causal_lm", *flags, faults=((), [["loss_is_nan", {"step": 2}]]), env=ZERO)
+    assert [server.wait(pid) for pid in pids] == [0, 0], "\n".join(server.log(pid)[-2000:] for pid in pids)
+    saved = [state(place / "spoiled", step) for step in (2, 3, 4)]
+    require_equal(*saved[:2])
+    assert any(not torch.equal(tensor, saved[2][name]) for name, tensor in saved[1].items() if "adapter" in name)
+    assert all(tensor.isfinite().all() for tensor in saved[2].values())
+    assert [line["skipped_steps"] for line in lines(str(place / "spoiled")) if "loss" in line] == [1.0]
+
+
 DRAWN = ("--validation_prompt", "a b", "--num_validation_images", "1", "--validation_inference_steps", "1")
 CHOSEN = ("--pretrained_model_name_or_path", str(world.TINY_SD), "--keep", "best", "--drift_steps", "2", "--adapter",
           "lora", "--learning_rate", "0.001", "--instance_prompt", "a x dog", "--class_prompt", "a dog",
@@ -240,15 +270,18 @@ def test_two_processes_with_half_of_a_denoiser_each_make_the_steps_of_one(server
     assert report["diffusers_export_error"] < 1e-6  # read back over shards
 
 
-SIGNALS = {"ddp": ({}, 2, "checkpoint-4"), "the last step": ({}, 4, "checkpoint-5"), "fsdp2": (SHARDS, 3, None)}
+SIGNALS = {"ddp": ({}, 2, "checkpoint-4"), "the last step": ({}, 4, "checkpoint-5"), "fsdp2": (SHARDS, 3, None),
+           "deepspeed": (ZERO, 2, "checkpoint-4")}  # fmt: skip
 
 
 @case("F10")
 @pytest.mark.parametrize("name, kind", [
-    pytest.param(name, kind, marks=() if name == "causal_lm" and kind != "fsdp2" else pytest.mark.slow)
-    for name in SCRIPTS for kind in SIGNALS
+    pytest.param(name, kind, marks=() if name == "causal_lm" and kind in ("ddp", "the last step") else pytest.mark.slow)
+    for kind in SIGNALS for name in (BATCH if kind == "deepspeed" else SCRIPTS)
 ])  # fmt: skip
 def test_a_signal_to_one_process_stops_both_after_the_same_step(server, place, name, kind):
+    if kind == "deepspeed":
+        pytest.importorskip("deepspeed")
     (env, step, last), out, save = SIGNALS[kind], f"{name}-stopped", SAVE.get(name, "--checkpointing_steps")
     flags = ("--max_train_steps", "5", BATCH.get(name, "--train_batch_size"), "1", save, "9", "--output_dir", out)
     for folder in (out, f"{out}-not"):

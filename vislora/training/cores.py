@@ -12,8 +12,6 @@ from torch import nn
 
 from vislora.errors import InputError
 
-NO_DEEPSPEED = "DeepSpeed is not served: ZeRO joins all factors in flat strips, none with moments of its own"
-
 
 def use_cores(processes: int, threads: int | None) -> None:
     """Compute with `threads` threads; with None, share the machine's cores among `processes`.
@@ -33,10 +31,8 @@ def _is_set(name: str) -> bool:
 
 
 def require_device() -> None:
-    """InputError where a launcher started more processes on this machine than it has GPUs, or DeepSpeed."""
+    """InputError where a launcher started more processes on this machine than it has GPUs."""
     mine, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if _is_set("ACCELERATE_USE_DEEPSPEED"):  # before accelerate looks for its package
-        raise InputError("accelerate launch", NO_DEEPSPEED, "take DDP, as in configs/accelerate/ddp.yaml, or FSDP2")
     if there and mine >= there and not _is_set("ACCELERATE_USE_CPU"):
         wrong = f"process {mine + 1} of this machine has no GPU: there are {there}"
         raise InputError("--num_processes", wrong, f"launch {there} a machine, or add --cpu to the launcher's flags")

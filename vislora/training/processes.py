@@ -1,4 +1,5 @@
-"""What several processes may be: copies of the whole model, by DDP, or holders of its shards, by FSDP2.
+"""What several processes may be: copies of the whole model, by DDP, or holders of its shards, by FSDP2. DeepSpeed's
+ZeRO (zero.py) is between them: the base whole, gradients and moments of what trains in shards.
 
 Under FSDP2 the base is in shards, the adapter and a classifier's head are whole on every process, and their gradients
 are averaged here. So checkpoints and optimizers are those of one process; but whatever reads a base weight gathers it,
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from torch import nn
 
 from vislora import Method, distributed
 from vislora.errors import InputError
-from vislora.training.cores import NO_DEEPSPEED
+from vislora.training import zero
+from vislora.training.cores import require_device
 from vislora.training.run import InterruptFlag, RunFolder
 
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)  # which FSDP's hooks would wait for in vain
@@ -39,13 +41,27 @@ def is_sharding(accelerator: Accelerator) -> bool:
     return accelerator.num_processes > 1 and (asked or accelerator.distributed_type is DistributedType.FSDP)
 
 
+def is_zero(accelerator: Accelerator) -> bool:
+    """Whether the launcher asks for DeepSpeed, of a script that takes it."""
+    return getattr(accelerator, "zero_stage", None) is not None
+
+
+def start(mixed_precision: str | None, takes_zero: bool = False) -> Accelerator:
+    """accelerate's Accelerator. takes_zero: whether the script can go by DeepSpeed. InputError for what it cannot."""
+    require_device()
+    if takes_zero:
+        return zero.start(mixed_precision)
+    zero.refuse()  # before accelerate looks for its package
+    return Accelerator(mixed_precision=mixed_precision)
+
+
 def require_served(accelerator: Accelerator, method: Any, quantized: bool, compiled: bool = False) -> None:
     """Raise InputError, before anything is loaded, for a configuration of accelerate's that cannot train `method`, on a
     `quantized` base or, `compiled`, in graphs."""
     kind = accelerator.distributed_type
     if kind not in _SERVED:
-        wrong = NO_DEEPSPEED if kind is DistributedType.DEEPSPEED else f"{kind.value} is not served"
-        raise InputError("accelerate launch", wrong, "take DDP, as in configs/accelerate/ddp.yaml, or FSDP2")
+        remedy = "take DDP, as in configs/accelerate/ddp.yaml, or FSDP2"
+        raise InputError("accelerate launch", f"{kind.value} is not served", remedy)
     if not is_sharding(accelerator):
         return
     wrong = remedy = None
@@ -63,7 +79,7 @@ def require_served(accelerator: Accelerator, method: Any, quantized: bool, compi
     elif accelerator.mixed_precision == "fp16":
         wrong, remedy = "fp16 is not served under FSDP", "take bf16 or no"
     elif not isinstance(method, Method):
-        wrong, remedy = "trains or replaces the base's own weights", "take DDP"
+        wrong, remedy = zero.no_adapter(method), "take DDP"
     if wrong:
         raise InputError("FSDP", wrong, remedy)
 
@@ -71,7 +87,10 @@ def require_served(accelerator: Accelerator, method: Any, quantized: bool, compi
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, own: Iterable[nn.Parameter]
 ) -> tuple[nn.Module, Any]:
-    """accelerate's `prepare`; where FSDP is asked for, the model in shards, but for what trains: `own` stays whole."""
+    """accelerate's `prepare`; where FSDP is asked for, the model in shards, but for what trains: `own` stays whole.
+    With DeepSpeed the model is itself, and the optimizer a `zero.ZeroOptimizer`."""
+    if is_zero(accelerator):
+        return network(accelerator, model, None), zero.ZeroOptimizer(accelerator, optimizer, accelerator.zero_stage)
     if not is_sharding(accelerator):
         return accelerator.prepare(model, optimizer)
     return network(accelerator, model, model, own), accelerator.prepare_optimizer(optimizer)
@@ -80,12 +99,13 @@ def prepare(
 def network(
     accelerator: Accelerator, model: nn.Module, part: nn.Module | None, own: Iterable[nn.Parameter] = ()
 ) -> nn.Module:
-    """accelerate's `prepare` of a model; where FSDP is asked for, the model itself, its forward in the precision that
-    accelerate asks for, and `part` of it in shards, None for nothing: all but `own`, which trains and stays whole.
+    """accelerate's `prepare` of a model; where FSDP or DeepSpeed is asked for, the model itself, its forward in the
+    precision that accelerate asks for, and `part` of it in shards, None for nothing: all but `own`, which trains and
+    stays whole.
 
     Weights are the first process's on all, as DDP has them.
     """
-    if not is_sharding(accelerator):
+    if not (is_sharding(accelerator) or is_zero(accelerator)):
         return accelerator.prepare(model)
     model.to(memory_format=torch.contiguous_format)  # FSDP knows no other
     for parameter in model.parameters():
@@ -133,14 +153,32 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in reversed(modules) if module in found and not isinstance(module, _NEVER_CALLED)]
 
 
-@torch.no_grad()
-def average_gradients(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
-    """Give every process the mean of all processes' gradients, by one message; what has none counts as zeros."""
-    parameters = [p for p in parameters if p.requires_grad]
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters])
-    means = distributed.mean(flat, device).split([p.numel() for p in parameters])
-    for p, mean in zip(parameters, means, strict=True):
-        p.grad = mean.view_as(p).to(p.dtype, copy=True)
+def begin_steps(optimizer: Any) -> None:
+    """From here on gradients serve the optimizer's steps alone: DeepSpeed puts them into shards."""
+    if isinstance(optimizer, zero.ZeroOptimizer):
+        optimizer.begin()
+
+
+def backward(accelerator: Accelerator, optimizer: Any, loss: torch.Tensor, last: bool) -> None:
+    """accelerate's `backward`, or DeepSpeed's; last: whether the optimizer steps next."""
+    if isinstance(optimizer, zero.ZeroOptimizer):
+        optimizer.backward(loss, last)
+    else:
+        accelerator.backward(loss)
+
+
+def clip_gradients(
+    accelerator: Accelerator, optimizer: Any, parameters: Iterable[nn.Parameter], most: float
+) -> torch.Tensor:
+    """Clip to the norm `most` by accelerate or DeepSpeed. Returns the norm before, over all processes."""
+    if isinstance(optimizer, zero.ZeroOptimizer):
+        return optimizer.clip(most)
+    return accelerator.clip_grad_norm_(list(parameters), most)
+
+
+def whole(optimizer: Any) -> AbstractContextManager[torch.optim.Optimizer]:
+    """torch's optimizer behind an accelerate's; inside, with its moments whole. DeepSpeed's processes must all call."""
+    return optimizer.whole() if isinstance(optimizer, zero.ZeroOptimizer) else nullcontext(optimizer.optimizer)
 
 
 def run_folder(accelerator: Accelerator, output_dir: str | None, resume: str | None) -> RunFolder:
