@@ -10,11 +10,11 @@ import importlib.util
 import io
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from script_runs import opened
 
 from vislora import cli, config
 from vislora.sweep import plan, report
@@ -44,12 +44,9 @@ def commands(text: str) -> list[list[str]]:
 @functools.cache
 def script(name: str):
     """A file of train_scripts/ or eval/ as a module."""
-    spec = importlib.util.spec_from_file_location(Path(name).stem + "_of_pages", ROOT / name)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str((ROOT / name).parent))
-        spec.loader.exec_module(module)
-    return module
+        return opened(name)
 
 
 class Parsed(Exception):
