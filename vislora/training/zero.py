@@ -176,7 +176,7 @@ class ZeroOptimizer:
     def clip(self, most: float) -> Tensor:
         """Have the next step clip to the norm `most`; the gradients' norm over all processes, NaN if not finite."""
         self.strips.clip_grad = most if math.isfinite(most) else 0.0
-        norm = torch.as_tensor(self.strips.scaled_global_norm())
+        norm = torch.as_tensor(self.strips.scaled_global_norm(), device=self.accelerator.device)
         return torch.where(norm < 0, torch.nan, norm)
 
     def step(self) -> None:
