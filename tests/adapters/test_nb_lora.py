@@ -207,14 +207,17 @@ SEES = {**SMALL, "image_size": 16, "patch_size": 8}
 
 @pytest.mark.parametrize(
     "kind, p, ratio",
-    [("encoder", 1, 0.02), ("encoder", math.inf, 0.04), ("llama", 1, 0.02), ("vit", 1, 0.1), ("vit", 2, 0.2),
-     ("towers", 1, 0.1), ("own", 1, 0.1), ("own", 1.5, 0.1)],
+    [("encoder", 1, 0.02), ("encoder", math.inf, 0.04), ("llama", 1, 0.1), ("llama", math.inf, 0.2),
+     ("classifier", 1, 0.02), ("vit", 1, 0.1), ("vit", 2, 0.2), ("towers", 1, 0.1), ("own", 1, 0.1), ("own", 1.5, 0.1)],
 )  # fmt: skip
 def test_without_a_bound_the_models_kind_has_one(kind, p, ratio, tmp_path):
     torch.manual_seed(0)
     model = {
         "encoder": lambda: transformers.BertModel(transformers.BertConfig(**SMALL)),
-        "llama": lambda: transformers.LlamaModel(transformers.LlamaConfig(**SMALL, vocab_size=50)),
+        "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, vocab_size=50)),
+        "classifier": lambda: transformers.LlamaForSequenceClassification(
+            transformers.LlamaConfig(**SMALL, vocab_size=50)
+        ),
         "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**SEES)),
         "towers": lambda: transformers.SiglipModel(transformers.SiglipConfig(text_config=SMALL, vision_config=SEES)),
         "own": lambda: nn.Sequential(nn.Linear(16, 24)),

@@ -17,9 +17,21 @@ from ..update import Update
 from ._method import Bound, Method, require, require_fit, require_rank
 from ._start import kaiming
 
-# Shares of a weight's norm where no bound is given, by what the model reads and whether p < 2. The embedded world's
-# sweeps bear them out but for (text, False), which has the images' factor (docs/methods.md, "Choosing delta").
-DEFAULTS = {("image", True): 0.1, ("image", False): 0.2, ("text", True): 0.02, ("text", False): 0.04}
+# Shares of a weight's norm where no bound is given, by the model's kind and whether p < 2. The embedded world's sweeps
+# bear them out but for (encoder, False), which has the images' factor (docs/methods.md, "Choosing delta").
+DEFAULTS = {
+    ("image", True): 0.1, ("image", False): 0.2, ("language", True): 0.1, ("language", False): 0.2,
+    ("encoder", True): 0.02, ("encoder", False): 0.04,
+}  # fmt: skip
+
+
+def kind_of(models: Sequence[nn.Module]) -> str:
+    """What DEFAULTS goes by: "language" for models that read tokens alone and say the next ones, "encoder" for those
+    that only read them, "image" for all others, also where just one of several is another."""
+    if not all(map(reads_tokens, models)):
+        return "image"
+    heads = [getattr(model, "get_output_embeddings", lambda: None)() for model in models]
+    return "encoder" if None in heads else "language"
 
 
 def reads_tokens(model: nn.Module) -> bool:
@@ -72,8 +84,7 @@ class NBLoRA(Method):
         """With the default of these models' kind, so that saved options say which bound it was."""
         if self.delta is not None or self.delta_ratio is not None:
             return self
-        kind = "text" if all(reads_tokens(model) for model in models) else "image"
-        return replace(self, delta_ratio=DEFAULTS[kind, self.p < 2])
+        return replace(self, delta_ratio=DEFAULTS[kind_of(models), self.p < 2])
 
     def init(self, site, generator: torch.Generator) -> dict[str, Tensor]:
         require_fit(self.rank, site)
