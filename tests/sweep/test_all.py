@@ -30,7 +30,8 @@ def whole():
 
 
 # The others are read whole in test_configs.py and tests/scripts/test_classification.py.
-NEW = ["claim_sorsa", "claim_od_lora", "claim_lora_sb", "claims_vit", "preservation"]
+NEW = ["claim_sorsa", "claim_od_lora", "claim_lora_sb", "claims_vit", "preservation", "delta_llama",
+       "claim_bound_llama"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name,quick", [*((name, False) for name in NEW), *((name, True) for name in PLANS)])
@@ -54,10 +55,10 @@ def test_every_setting_and_every_evaluation_is_one_of_its_script(whole, name, qu
 
 def test_claims_rest_on_seeds_and_on_all_papers(whole):
     said = whole[False]
-    assert {claim.name[0] for claim in said.claims} == set("1234567")  # five of the papers', and what nobody claims
+    assert {claim.name[0] for claim in said.claims} == set("12345678")  # five of the papers', and what nobody claims
     assert all(claim.paper and claim.comparisons for claim in said.claims)
     tested = {one.plan for claim in said.claims for one in claim.comparisons}
-    assert tested == set(PLANS) - {"figure8"}  # that is to look at
+    assert tested == set(PLANS) - {"figure8", "delta_llama"}  # to look at, and to choose by
     for name in tested - {"figure7"}:
         assert len(said.plans[name].seeds) >= 3
     methods = said.plans["preservation"].methods.values()
@@ -67,12 +68,15 @@ def test_claims_rest_on_seeds_and_on_all_papers(whole):
 
 def test_quick_is_small(whole):
     cells = [cell for plan in whole[True].plans.values() for cell in [*plan.tuning_cells(), *plan.cells({})]]
-    assert len({cell.folder for cell in cells}) <= 18 and all(c.settings["max_train_steps"] <= 2 for c in cells)
+    assert len({cell.folder for cell in cells}) <= 20 and all(c.settings["max_train_steps"] <= 2 for c in cells)
 
 
 # What a method may set for itself in these sweeps; everything else, the budget first of all, is the sweep's.
 OWN = {"adapter", "rank", "alpha", "p", "delta_ratio", "gamma", "init_rounds", "init_steps", "learning_rate",
        "with_prior_preservation", "prior_source"}  # fmt: skip
+
+
+GIVEN = ("figure8", "figure9", "claim_bound_llama")  # they give rates, see there
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -82,10 +86,19 @@ def test_methods_have_equal_budgets_and_rates_by_one_rule(whole, name):
     for label, settings in plan.methods.items():
         assert settings.keys() <= OWN, label
         trains = settings["adapter"] != "none"
-        assert (label in tuned) == (trains and name not in ("figure8", "figure9")), label  # those give rates, see there
+        assert (label in tuned) == (trains and name not in GIVEN), label
         assert not (label in tuned and "learning_rate" in settings)
     for setting in plan.tune:
         assert setting.name == "learning_rate" and not set(setting.seeds) & set(plan.seeds)
+
+
+def test_the_test_of_a_bound_repeats_what_chose_it_on_other_seeds(whole):
+    chose, tests = (whole[False].plans[name] for name in ("delta_llama", "claim_bound_llama"))
+    assert not set(tests.seeds) & {*chose.seeds, *chose.tune[0].seeds}
+    assert all(chose.methods[label] == settings for label, settings in tests.methods.items())
+    given = {**tests.fixed, "learning_rate": float(tests.fixed["learning_rate"])}
+    assert given == {**chose.fixed, **chose.subjects["word problems"], "learning_rate": 6e-3}
+    assert tests.evaluate == chose.evaluate and tests.collect.items() <= chose.collect.items()
 
 
 class Now:
