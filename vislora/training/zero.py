@@ -120,8 +120,8 @@ class ZeroOptimizer:
     """In the place of accelerate's wrapped optimizer: the same AdamW, its steps made by DeepSpeed.
 
     `optimizer` is that AdamW. Its groups keep their parameters, and their settings hold; its moments are empty, but
-    inside `whole`, and after a checkpoint was loaded until `begin`. Before `begin`, gradients are whole and averaged,
-    as a data-driven start reads them.
+    inside `whole`, and after a checkpoint was loaded until `begin`. Before `begin`, gradients are whole and each
+    process's own: a data-driven start averages what it reads.
     """
 
     def __init__(self, accelerator: Accelerator, optimizer: Optimizer, stage: int):
@@ -167,8 +167,6 @@ class ZeroOptimizer:
         """Add to the gradients; last: whether the optimizer steps next."""
         if self.engine is None:
             self.accelerator.backward(loss)
-            if last:
-                distributed.average_gradients(self.parameters, self.accelerator.device)
             return
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss)
