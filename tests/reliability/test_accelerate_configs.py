@@ -87,7 +87,10 @@ def test_what_strips_cannot_do_is_said_before_anything_is_loaded(method, options
     own = (BASELINES["full"] if method == "full" else adapters.get(method))()
     with pytest.raises(InputError, match=f"DeepSpeed: .*{wrong}"):
         zero.require_fit(accelerator, own, SimpleNamespace(**plain | options))
-    zero.require_fit(accelerator, adapters.get("sorsa")(), SimpleNamespace(**plain))
+    for served in (adapters.get("sorsa")(), adapters.get("rslora")(), adapters.get("nb_lora")()):
+        zero.require_fit(accelerator, served, SimpleNamespace(**plain))
+    with pytest.raises(InputError, match="RsLoRA changes single factors"):
+        zero.require_fit(accelerator, adapters.get("rslora")(optimal_gradient=True), SimpleNamespace(**plain))
 
 
 def launch(place: Path, out: str, name: str, *flags: str) -> subprocess.Popen:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -48,6 +47,7 @@ class Method:
     drops_tail: ClassVar[bool] = False  # of what its factors can hold, only the leading rank lasts
     quick: ClassVar[Mapping[str, Any]] = {}  # options that keep the conformance suite quick
     exact_identity: ClassVar[bool] = True  # the start is the base model bit for bit, not only to rounding
+    input_dropout: ClassVar[float] = 0.0  # on the input of the update, during training; LoRA's is an option
     roles: ClassVar[Mapping[str, str]] = {}  # tensor name -> "up" | "down" | "core" | "scale" | "magnitude"
 
     def check(self) -> None:
@@ -98,6 +98,10 @@ class Method:
     def on_step(self, adapter: Adapter, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Runs after optimizer step number `step` (from 1), gradients still present."""
 
+    def acts_on_steps(self) -> bool:
+        """Whether the method, with these options, does anything after the optimizer's steps."""
+        return type(self).on_step is not Method.on_step
+
     def lr_ratio(self, role: str) -> float:
         """The learning rate of tensors of a role, over the adapter's."""
         return 1.0
@@ -111,22 +115,16 @@ class Method:
         """Whether optimizers that treat two factors together can train it."""
         return cls.pair is not Method.pair
 
-    @property
-    def input_dropout(self) -> float:
-        """Dropout on the input of the update, during training."""
-        return 0.0
-
     def options(self) -> dict[str, Any]:
         """The options as plain JSON data, infinity as "inf"; `from_options` is its inverse."""
-        return {k: "inf" if v == math.inf else v for k, v in dataclasses.asdict(self).items()}
+        return {k: "inf" if v == math.inf else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_options(cls, name: str, options: Mapping[str, Any]) -> Method:
         """An instance from plain data. Raises InputError for an option that the method does not have."""
-        known = [f.name for f in dataclasses.fields(cls)]
+        known = [f.name for f in fields(cls)]
         for option in [word for word in options if word not in known]:
-            wrong = f"{name} has no such option{near(option, known)}"
-            raise InputError(option, wrong, f"it has {', '.join(known)}")
+            raise InputError(option, f"{name} has no such option{near(option, known)}", f"it has {', '.join(known)}")
         method = cls(**{k: math.inf if v == "inf" else v for k, v in options.items()})
         method.check()
         return method
@@ -140,8 +138,7 @@ def require(condition: bool, option: str, wrong: str, remedy: str) -> None:
 
 def require_rank(rank: int) -> None:
     """Raise InputError unless rank is a positive whole number."""
-    whole = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-    require(whole, "rank", f"{rank!r} is not a positive whole number", "take 1 or more")
+    require(type(rank) is int and rank >= 1, "rank", f"{rank!r} is not a positive whole number", "take 1 or more")
 
 
 def require_fit(rank: int, site: Site) -> None:

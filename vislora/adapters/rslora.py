@@ -30,6 +30,9 @@ class RsLoRA(LoRA):
     def scale(self) -> float:
         return (self.rank if self.alpha is None else self.alpha) / self.rank**0.5
 
+    def acts_on_steps(self) -> bool:
+        return self.optimal_gradient
+
     def on_step(self, adapter, step: int, optimizer: torch.optim.Optimizer) -> None:
         if self.optimal_gradient and renewal_due(step, adapter.total_steps):
             for part, site, t in each_site(adapter):

@@ -100,7 +100,7 @@ def require_fit(accelerator: Accelerator, method: Any, options: Any) -> None:
     wrong = remedy = None
     if not isinstance(method, Method):
         wrong, remedy = no_adapter(method), "take DDP"
-    elif type(method).on_step is not Method.on_step:
+    elif method.acts_on_steps():
         wrong, remedy = f"{type(method).__name__} changes single factors or moments after steps", "take DDP or FSDP2"
     elif options.optimizer != "adamw":
         wrong, remedy = f"--optimizer {options.optimizer} knows what a tensor is, and sees strips", "take adamw, or DDP"
