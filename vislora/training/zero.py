@@ -38,9 +38,9 @@ def start(mixed_precision: str | None) -> Accelerator:
     stage = _asked()
     on_cpu = stage is not None and not torch.cuda.is_available()
     os.environ.pop(_ASKS, None)
-    if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for devices, and says that there are none
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu)
+    if stage is not None:  # else it looks for devices itself, whichever accelerate was told to take
+        os.environ.setdefault("DS_ACCELERATOR", accelerator.device.type)
     accelerator.zero_stage = stage if accelerator.num_processes > 1 else None
     return accelerator
 
